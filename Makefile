@@ -1,0 +1,65 @@
+# Every target sets up what it needs: the virtual environment, the packages in
+# it, and memcached from the system's packages where it is missing.
+
+PYTHON ?= python3
+# For pytest: make test ARGS="-x -k ring"
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed.stamp
+# What mypy is strict about; the tests are run, not proved.
+TYPED := flask_resilient_session $(wildcard example_app)
+
+.DEFAULT_GOAL := help
+.PHONY: help test lint format demo clean memcached
+
+help:
+	@echo "make test    lint, then the whole test suite (ARGS=\"-x -k ring\" goes to pytest)"
+	@echo "make lint    ruff and mypy"
+	@echo "make format  put the code into ruff's format"
+	@echo "make demo    three memcached nodes and the example app; Ctrl-C ends it"
+	@echo "make clean   remove the virtual environment and everything generated"
+
+test: lint memcached
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy $(TYPED)
+
+format: $(STAMP)
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+demo: $(STAMP) memcached
+	@$(BIN)/python -m example_app.demo
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo \
+		build dist docs/_build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+memcached:
+	@sh tools/need_memcached.sh
+
+# Installed anew only when the list of packages changed.
+$(STAMP): setup.cfg setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet \
+		--editable '.[test]'
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "$(PYTHON) is missing. Install it: apt-get install python3 python3-venv" >&2; \
+		exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+		echo "Python 3.10 or newer is needed; $(PYTHON) is older." \
+			"Name another: make PYTHON=python3.12 ..." >&2; \
+		exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) cannot make virtual environments." \
+			"Install what is missing: apt-get install python3-venv" >&2; \
+		exit 1; }
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }

@@ -1,0 +1,24 @@
+"""What every step for one session in one request needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import Timing
+from .record import Keyring
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """One session, and the terms on which this request may reach it.
+
+    :ivar session_key: hex digest of the session id.
+    :ivar keyring: seals and opens its records.
+    :ivar timing: the lifetimes as they are now.
+    :ivar deadline: monotonic time, in seconds, by which all steps must have ended.
+    """
+
+    session_key: str
+    keyring: Keyring
+    timing: Timing
+    deadline: float

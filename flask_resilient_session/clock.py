@@ -1,0 +1,28 @@
+"""What time it is: the only place that asks the operating system."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """Two readings of time."""
+
+    def now_ms(self) -> int:
+        """Unix time in milliseconds, comparable between workers."""
+
+    def monotonic(self) -> float:
+        """Seconds that only go forward, for deadlines within this process."""
+
+
+class SystemClock:
+    """The operating system's clock."""
+
+    def now_ms(self) -> int:
+        """Unix time in milliseconds."""
+        return time.time_ns() // 1_000_000
+
+    def monotonic(self) -> float:
+        """Monotonic seconds."""
+        return time.monotonic()

@@ -1,0 +1,288 @@
+"""Several nodes as this process sees them: a breaker each, and parallel exchanges.
+
+Requests go out to all nodes before any reply is read, so that two nodes cost the
+time of one. A node that a breaker suspects is skipped and counts as unreachable.
+Which nodes a session belongs to, and what their replies mean, is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import random as random_module
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
+
+from .clock import Clock
+from .events import Observer, logger, node_down, node_up
+from .health import Breaker
+from .node import NodeFault
+from .record import (
+    ENVELOPE_ALLOWANCE,
+    Corrupt,
+    CorruptBytes,
+    Hit,
+    Keyring,
+    Miss,
+    Reply,
+    Token,
+    UnknownFormat,
+    Unreachable,
+)
+from .wire import Absent, Ack, Add, Cas, Delete, Get, Parsed, Request, Set
+
+#: A node is only blamed for a timeout when it had at least this part of its time;
+#: otherwise the request's budget was what ran out.
+_FAIR_SHARE: Final = 0.5
+
+
+class ExchangeLike(Protocol):
+    """See :class:`flask_resilient_session.node.Exchange`."""
+
+    deadline: float
+    read_at: int
+
+    def receive(self) -> Parsed:
+        """The reply."""
+
+    def release_unanswered(self) -> None:
+        """Finish a one-way request."""
+
+    def abandon(self) -> None:
+        """Close without reading."""
+
+
+class NodeLike(Protocol):
+    """See :class:`flask_resilient_session.node.Node`."""
+
+    def send(
+        self, request: Request, deadline: float, *, one_way: bool = False
+    ) -> ExchangeLike:
+        """Send a request."""
+
+    def has_idle(self) -> bool:
+        """Whether sending needs no connecting first."""
+
+    def drop_idle(self) -> None:
+        """Close what is not in use."""
+
+
+class Cluster:
+    """The configured nodes, by name.
+
+    :param nodes: name -> node.
+    :param new_breaker: makes the breaker of one node.
+    :param node_timeout: seconds for one exchange with a node.
+    :param key_prefix: what memcached keys start with.
+    :param max_bytes: largest encoded session.
+    :param random: jitter of the breakers' pauses.
+    """
+
+    def __init__(
+        self,
+        nodes: Mapping[str, NodeLike],
+        *,
+        new_breaker: Callable[[], Breaker],
+        node_timeout: float,
+        key_prefix: str,
+        max_bytes: int,
+        clock: Clock,
+        random: random_module.Random,
+        observer: Observer,
+    ) -> None:
+        self._nodes = dict(nodes)
+        self._breakers = {name: new_breaker() for name in self._nodes}
+        self._node_timeout = node_timeout
+        self._key_prefix = key_prefix
+        self._limit = max_bytes + ENVELOPE_ALLOWANCE
+        self._clock = clock
+        self._random = random
+        self._observer = observer
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the configured nodes."""
+        return frozenset(self._nodes)
+
+    def suspects(self) -> frozenset[str]:
+        """Names of the nodes that this process skips at the moment."""
+        return frozenset(n for n, b in self._breakers.items() if b.suspect)
+
+    def close(self) -> None:
+        """Close all idle connections; the next exchange opens new ones."""
+        for node in self._nodes.values():
+            node.drop_idle()
+
+    # --- requests, named by what they do to a session's copy ---------------------
+
+    def place(
+        self, session_key: str, data: bytes, exptime: int, token: Token | None
+    ) -> Request:
+        """Store a copy where ``token`` was read; where nothing was, for None."""
+        key = self._key_prefix + session_key
+        if token is None:
+            return Add(key, data, exptime)
+        return Cas(key, data, exptime, token.value, token.read_at)
+
+    def bury(self, session_key: str, data: bytes, exptime: int) -> Request:
+        """Store a tombstone, whatever stands there."""
+        return Set(self._key_prefix + session_key, data, exptime)
+
+    def remove(self, session_key: str) -> Request:
+        """Remove a copy, so that its home has nothing to say."""
+        return Delete(self._key_prefix + session_key)
+
+    # --- exchanges ---------------------------------------------------------------
+
+    def read(
+        self, names: Sequence[str], session_key: str, keyring: Keyring, deadline: float
+    ) -> dict[str, Reply]:
+        """What each of these nodes holds for a session, in one round trip.
+
+        :param deadline: monotonic time by which this returns, give or take the
+            last chance of each node.
+        """
+        request = Get(self._key_prefix + session_key, self._limit)
+        answers = self._exchange([(name, request) for name in names], deadline)
+        opened: dict[bytes, Reply] = {}
+        replies: dict[str, Reply] = {}
+        for name, (parsed, read_at) in zip(names, answers, strict=True):
+            replies[name] = self._open(parsed, read_at, session_key, keyring, opened)
+        return replies
+
+    def write(
+        self, requests: Sequence[tuple[str, Request]], deadline: float
+    ) -> list[Ack]:
+        """Send writes to their nodes and wait for the answers, in one round trip."""
+        return [
+            parsed if isinstance(parsed, Ack) else Ack.UNREACHABLE
+            for parsed, _ in self._exchange(requests, deadline)
+        ]
+
+    def tell(self, requests: Sequence[tuple[str, Request]], deadline: float) -> None:
+        """Send writes that nobody waits for: whether they were applied is not known.
+
+        The node works through a connection in order, so that a later read on it
+        sees them.
+        """
+        for name, request in requests:
+            node = self._admitted(name)
+            if node is None:
+                continue
+            until = min(self._clock.monotonic() + self._node_timeout, deadline)
+            node.send(request, until, one_way=True).release_unanswered()
+        self._observer.count("one_way_writes")
+
+    def _open(
+        self,
+        parsed: Parsed | Unreachable,
+        read_at: int,
+        session_key: str,
+        keyring: Keyring,
+        opened: dict[bytes, Reply],
+    ) -> Reply:
+        if isinstance(parsed, Absent):
+            return Miss()
+        if isinstance(parsed, Unreachable):
+            return parsed
+        if isinstance(parsed, Ack):
+            return Unreachable("a read was answered as a write")
+        token = Token(parsed.cas, read_at)
+        if parsed.data is None or parsed.flags != 0:
+            return Corrupt(token)
+        # Equal copies are the rule: the second need not be verified and unpacked.
+        known = opened.get(parsed.data)
+        if isinstance(known, Hit):
+            return Hit(known.copy, token)
+        copy = keyring.unseal(session_key, parsed.data)
+        if isinstance(copy, UnknownFormat):
+            return Unreachable("a record under a key or format unknown here")
+        if isinstance(copy, CorruptBytes):
+            return Corrupt(token)
+        opened[parsed.data] = hit = Hit(copy, token)
+        return hit
+
+    def _exchange(
+        self, requests: Sequence[tuple[str, Request]], deadline: float
+    ) -> list[tuple[Parsed | Unreachable, int]]:
+        """Send all, then read all; results in the order of the requests."""
+        results: list[tuple[Parsed | Unreachable, int]] = [
+            (Unreachable("skipped while it is suspected"), 0)
+        ] * len(requests)
+        under_way: dict[int, ExchangeLike] = {}
+        allowed: dict[int, float] = {}
+        try:
+            for index in self._send_order(requests):
+                name, request = requests[index]
+                node = self._admitted(name)
+                if node is None:
+                    continue
+                started = self._clock.monotonic()
+                until = min(started + self._node_timeout, deadline)
+                allowed[index] = until - started
+                exchange = node.send(request, until)
+                self._put_off(under_way, started)
+                under_way[index] = exchange
+            for index in list(under_way):
+                exchange = under_way.pop(index)
+                started = self._clock.monotonic()
+                results[index] = self._receive(
+                    requests[index][0], exchange, allowed[index]
+                )
+                self._put_off(under_way, started)
+        except BaseException:
+            for exchange in under_way.values():
+                exchange.abandon()
+            raise
+        if allowed:
+            self._observer.count("round_trips")
+        return results
+
+    def _send_order(self, requests: Sequence[tuple[str, Request]]) -> list[int]:
+        # Those that must connect go last: connecting may take a whole deadline.
+        return sorted(
+            range(len(requests)),
+            key=lambda index: not self._nodes[requests[index][0]].has_idle(),
+        )
+
+    def _put_off(self, under_way: Mapping[int, ExchangeLike], since: float) -> None:
+        # Time spent on one node is not the fault of the others.
+        spent = self._clock.monotonic() - since
+        for exchange in under_way.values():
+            exchange.deadline += spent
+
+    def _receive(
+        self, name: str, exchange: ExchangeLike, allowed: float
+    ) -> tuple[Parsed | Unreachable, int]:
+        breaker = self._breakers[name]
+        try:
+            parsed = exchange.receive()
+        except NodeFault as fault:
+            self._observer.count("node_faults")
+            if fault.refused or allowed >= self._node_timeout * _FAIR_SHARE:
+                self._blame(name, breaker, fault)
+            return Unreachable(str(fault)), 0
+        # A conflict may be known without asking the node, which proves nothing.
+        asked = exchange.read_at > 0
+        if asked and breaker.succeeded(self._clock.monotonic()):
+            logger.info("Node %s answers again.", name)
+            self._observer.send(node_up, node=name)
+        return parsed, exchange.read_at
+
+    def _blame(self, name: str, breaker: Breaker, fault: NodeFault) -> None:
+        opened = breaker.failed(
+            self._clock.monotonic(),
+            refused=fault.refused,
+            jitter=self._random.random(),
+        )
+        if opened:
+            logger.warning(
+                "Node %s is skipped for a while: %s. Sessions that live on it are"
+                " served from their other home and SQL.",
+                name,
+                fault,
+            )
+            self._observer.send(node_down, node=name, reason=str(fault))
+
+    def _admitted(self, name: str) -> NodeLike | None:
+        if self._breakers[name].admits(self._clock.monotonic()):
+            return self._nodes[name]
+        return None

@@ -1,0 +1,95 @@
+"""The cookie: an id under a signature, read from the request and put on a response."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from typing import Any, Final
+
+from flask import Flask, Request, Response
+from flask.sessions import SessionInterface
+from itsdangerous import BadSignature, Signer
+
+#: Exactly what ``session.new_sid`` makes; anything else was never an id of ours.
+_SID: Final = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
+
+#: Keeps our signatures apart from others made with the same secret key.
+_SALT: Final = "flask-resilient-session"
+
+#: An id, a dot and a signature of 43 characters; longer cookies are not looked at.
+_LONGEST: Final = 43 + 1 + 43
+
+
+class CookieSigner:
+    """Signs ids, and recognises its own signatures.
+
+    :param secrets: the application's secret keys, the current one first.
+    """
+
+    def __init__(self, secrets: Sequence[str | bytes]) -> None:
+        raw = [s.encode() if isinstance(s, str) else s for s in secrets]
+        # itsdangerous signs with the last key and accepts all of them.
+        self._signer = Signer(
+            list(reversed(raw)),
+            salt=_SALT,
+            key_derivation="hmac",
+            digest_method=hashlib.sha256,
+        )
+
+    def sign(self, sid: str) -> str:
+        """The cookie's value for an id."""
+        return self._signer.sign(sid).decode("ascii")
+
+    def unsign(self, value: str) -> str | None:
+        """The id in a cookie's value; None for anything that is not ours."""
+        if len(value) != _LONGEST or not value.isascii():
+            return None
+        try:
+            sid = self._signer.unsign(value).decode("ascii")
+        except BadSignature:
+            return None
+        return sid if _SID.fullmatch(sid) else None
+
+
+def read_cookie(interface: SessionInterface, app: Flask, request: Request) -> str:
+    """The value of the session cookie; empty without one."""
+    return str(request.cookies.get(interface.get_cookie_name(app), ""))
+
+
+def set_cookie(
+    interface: SessionInterface,
+    app: Flask,
+    session: Any,
+    response: Response,
+    value: str,
+) -> None:
+    """Send the session cookie, as Flask's settings say."""
+    response.set_cookie(
+        interface.get_cookie_name(app),
+        value,
+        expires=interface.get_expiration_time(app, session),
+        httponly=interface.get_cookie_httponly(app),
+        **_attributes(interface, app),
+    )
+    response.vary.add("Cookie")
+
+
+def delete_cookie(interface: SessionInterface, app: Flask, response: Response) -> None:
+    """Delete the session cookie, with all the attributes that it was set with."""
+    response.delete_cookie(
+        interface.get_cookie_name(app),
+        httponly=interface.get_cookie_httponly(app),
+        **_attributes(interface, app),
+    )
+    response.vary.add("Cookie")
+
+
+def _attributes(interface: SessionInterface, app: Flask) -> dict[str, Any]:
+    return {
+        "domain": interface.get_cookie_domain(app),
+        "path": interface.get_cookie_path(app),
+        "secure": interface.get_cookie_secure(app),
+        "partitioned": interface.get_cookie_partitioned(app),
+        "samesite": interface.get_cookie_samesite(app),
+    }

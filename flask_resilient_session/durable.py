@@ -1,0 +1,292 @@
+"""The durable copy as the protocol sees it: records in, answers out.
+
+Between the store's records and SQL's rows: seals and versions, a breaker, and a
+bound on how many requests may ask SQL at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random as random_module
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Final, Protocol, TypeVar
+
+from .access import Access
+from .clock import Clock
+from .codec import decode_value
+from .errors import SqlUnavailable
+from .events import Observer, logger, short
+from .health import Breaker
+from .record import (
+    CorruptBytes,
+    EndReason,
+    Keyring,
+    Record,
+    Tombstone,
+    UnknownFormat,
+)
+from .replication import (
+    RowAnswer,
+    RowCorrupt,
+    RowDead,
+    RowLive,
+    RowMissing,
+    SqlSilent,
+    row_expires_ms,
+    tombstone_expires_ms,
+)
+from .sql import USER_ID_LENGTH, Row
+
+_Result = TypeVar("_Result")
+
+#: The version of a row that was just inserted.
+_FIRST_VERSION: Final = 1
+
+
+class SqlLike(Protocol):
+    """The statements that :class:`flask_resilient_session.sql.SqlTable` has."""
+
+    def read(self, session_key: str, deadline: float) -> Row | None:
+        """The row."""
+
+    def insert(self, row: Row, deadline: float) -> bool:
+        """Insert unless one stands there."""
+
+    def update(self, row: Row, seen_version: int, deadline: float) -> bool:
+        """Replace a live row of this version."""
+
+    def bury(self, tombstone: Row, deadline: float, *, has_row: bool) -> bool:
+        """Put a tombstone."""
+
+    def move(
+        self, tombstone: Row, new: Row, deadline: float, *, seen_version: int | None
+    ) -> bool:
+        """Bury one row and insert another."""
+
+
+class Durable:
+    """Reads and writes the rows of sessions.
+
+    :param concurrency: reads at once; None for no bound but the pool's.
+    :param user_key: the session key that holds the user.
+    """
+
+    def __init__(
+        self,
+        sql: SqlLike,
+        *,
+        breaker: Breaker,
+        concurrency: int | None,
+        sql_timeout: float,
+        user_key: str,
+        clock: Clock,
+        random: random_module.Random,
+        observer: Observer,
+    ) -> None:
+        self._sql = sql
+        self._breaker = breaker
+        self._places = (
+            None if concurrency is None else threading.BoundedSemaphore(concurrency)
+        )
+        self._sql_timeout = sql_timeout
+        self._user_key = user_key
+        self._clock = clock
+        self._random = random
+        self._observer = observer
+
+    def read(self, access: Access) -> RowAnswer:
+        """What SQL says about a session; silence is an answer, not an error."""
+        try:
+            with self._place(access.deadline):
+                row = self._guarded(
+                    lambda until: self._sql.read(access.session_key, until),
+                    access.deadline,
+                )
+        except SqlUnavailable as error:
+            return SqlSilent(str(error))
+        return RowMissing() if row is None else self.open_row(row, access.keyring)
+
+    def open_row(self, row: Row, keyring: Keyring) -> RowAnswer:
+        """A row as an answer: verified, its record carrying the row's version."""
+        if row.revoked_at is not None or row.record is None:
+            reason: EndReason = "moved" if row.reason == "moved" else "ended"
+            return RowDead(Tombstone(reason, row.revoked_at or row.synced_at))
+        copy = keyring.unseal(row.session_key, row.record)
+        if isinstance(copy, UnknownFormat):
+            return SqlSilent("its row is under a key or format unknown here")
+        if isinstance(copy, Tombstone):
+            return RowDead(copy)
+        if isinstance(copy, CorruptBytes):
+            self._observer.count("corrupt_rows")
+            logger.error(
+                "The row of session %s is not a record of that session.",
+                short(row.session_key),
+            )
+            return RowCorrupt(row.version)
+        return RowLive(replace(copy, row_version=row.version, never_synced=False))
+
+    def insert(self, access: Access, record: Record) -> Record | None:
+        """Insert the row of a session.
+
+        :returns: the record as the row holds it; None where a row stands already.
+        :raises SqlUnavailable: SQL did not answer.
+        """
+        synced = self._synced(record, _FIRST_VERSION)
+        row = self._row(access, synced)
+        inserted = self._guarded(
+            lambda until: self._sql.insert(row, until), access.deadline
+        )
+        return self._counted(synced) if inserted else None
+
+    def update(self, access: Access, record: Record) -> Record | None:
+        """Write a record over the row of the version that it knows.
+
+        :returns: the record as the row holds it; None where the row is of another
+            version, dead or missing.
+        :raises SqlUnavailable: SQL did not answer.
+        """
+        seen = record.row_version
+        synced = self._synced(record, seen + 1)
+        row = self._row(access, synced)
+        updated = self._guarded(
+            lambda until: self._sql.update(row, seen, until), access.deadline
+        )
+        return self._counted(synced) if updated else None
+
+    def bury(self, access: Access, tombstone: Tombstone, record: Record | None) -> None:
+        """End a session in SQL; one that is dead already stays as it is.
+
+        :param record: what is known of it.
+        :raises SqlUnavailable: SQL did not answer.
+        """
+        row = self._tombstone_row(access, tombstone, record)
+        has_row = record is None or not record.never_synced
+        self._guarded(
+            lambda until: self._sql.bury(row, until, has_row=has_row),
+            access.deadline,
+        )
+
+    def move(
+        self,
+        old: Access,
+        old_record: Record,
+        tombstone: Tombstone,
+        new: Access,
+        new_record: Record,
+    ) -> Record | None:
+        """End one session and insert another, both or neither.
+
+        :returns: the new record as its row holds it; None where the old row is not
+            as ``old_record`` knows it.
+        :raises SqlUnavailable: SQL did not answer.
+        """
+        synced = self._synced(new_record, _FIRST_VERSION)
+        tombstone_row = self._tombstone_row(old, tombstone, old_record)
+        new_row = self._row(new, synced)
+        seen = None if old_record.never_synced else old_record.row_version
+        moved = self._guarded(
+            lambda until: self._sql.move(
+                tombstone_row, new_row, until, seen_version=seen
+            ),
+            new.deadline,
+        )
+        return self._counted(synced) if moved else None
+
+    def _counted(self, record: Record) -> Record:
+        self._observer.count("synced")
+        return record
+
+    def _synced(self, record: Record, version: int) -> Record:
+        return replace(
+            record,
+            synced_ms=max(record.synced_ms, self._clock.now_ms()),
+            row_version=version,
+            writes=0,
+            never_synced=False,
+            unverified=False,
+        )
+
+    def _row(self, access: Access, record: Record) -> Row:
+        return Row(
+            session_key=access.session_key,
+            version=record.row_version,
+            record=access.keyring.seal(access.session_key, record),
+            user_id=self._user_id(record),
+            homes=record.homes,
+            created_at=record.created_ms,
+            synced_at=record.synced_ms,
+            expires_at=row_expires_ms(record, access.timing),
+        )
+
+    def _tombstone_row(
+        self, access: Access, tombstone: Tombstone, record: Record | None
+    ) -> Row:
+        return Row(
+            session_key=access.session_key,
+            version=_FIRST_VERSION if record is None else record.row_version + 1,
+            record=None,
+            user_id=None,
+            homes=() if record is None else record.homes,
+            created_at=tombstone.ended_ms if record is None else record.created_ms,
+            synced_at=tombstone.ended_ms,
+            expires_at=tombstone_expires_ms(tombstone, access.timing),
+            revoked_at=tombstone.ended_ms,
+            reason=tombstone.reason,
+        )
+
+    def _user_id(self, record: Record) -> str | None:
+        entry = record.entries.get(self._user_key)
+        if entry is None or entry.value is None:
+            return None
+        return user_id_column(decode_value(entry.value))
+
+    @contextlib.contextmanager
+    def _place(self, deadline: float) -> Iterator[None]:
+        """One of the places for reads, waited for a bounded time."""
+        if self._places is None:
+            yield
+            return
+        wait = min(self._sql_timeout, deadline - self._clock.monotonic())
+        if not self._places.acquire(timeout=max(wait, 0)):
+            raise SqlUnavailable("too many requests are asking SQL already")
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    def _guarded(self, call: Callable[[float], _Result], deadline: float) -> _Result:
+        if self._clock.monotonic() >= deadline:
+            # Not SQL's fault, so that its breaker does not hear of it.
+            raise SqlUnavailable("no time left for SQL in this request's budget")
+        if not self._breaker.admits(self._clock.monotonic()):
+            raise SqlUnavailable("SQL is skipped for a while after failures")
+        try:
+            result = call(deadline)
+        except SqlUnavailable as error:
+            self._observer.count("sql_faults")
+            if self._breaker.failed(
+                self._clock.monotonic(),
+                refused=False,
+                jitter=self._random.random(),
+            ):
+                logger.warning("SQL is skipped for a while: %s", error)
+            raise
+        if self._breaker.succeeded(self._clock.monotonic()):
+            logger.info("SQL answers again.")
+        return result
+
+
+def user_id_column(user: object) -> str | None:
+    """How a user is written in the ``user_id`` column.
+
+    A long one becomes its SHA-256, so that it can be indexed.
+    """
+    if user is None:
+        return None
+    text = str(user)
+    if len(text) > USER_ID_LENGTH:
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return text

@@ -1,0 +1,248 @@
+"""The extension: a Flask app and every constructor, a table of contents.
+
+What belongs to one application is in ``app.extensions["resilient_session"]``; the
+extension object itself knows no application and serves as many as are initialised.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from flask import Flask, Response, appcontext_pushed, current_app
+from flask_sqlalchemy import SQLAlchemy
+
+from .cli import reap_command
+from .clock import SystemClock
+from .cluster import Cluster
+from .config import Settings, load_settings
+from .durable import Durable
+from .engines import app_engine, default_engine, table_for
+from .errors import SetupError
+from .events import Observer, Stats, logger
+from .health import Breaker
+from .homes import Homes
+from .interface import ResilientSessionInterface
+from .node import Node
+from .reaper import Reaper, ReapOptions, ReapReport
+from .ring import Ring, RingNode
+from .sql import SqlTable
+from .store import Store
+
+_NAME: Final = "resilient_session"
+
+#: The commands, and the name that Flask-Session users have in their cron.
+_REAP_COMMANDS: Final = ("reap-sessions", "session_cleanup")
+
+#: Rows that one request reaps, where requests do it.
+_REAP_BATCH: Final = 20
+
+
+@dataclass(slots=True)
+class AppState:
+    """What the extension keeps for one application."""
+
+    settings: Settings
+    db: SQLAlchemy | None
+    observer: Observer
+    clock: SystemClock
+    sql: SqlTable
+    store: Store
+    interface: ResilientSessionInterface
+
+    def close(self) -> None:
+        """Close all idle connections to nodes and SQL; the next use opens new ones."""
+        self.store.homes.cluster.close()
+        self.sql.dispose()
+
+    def new_reaper(self, app: Flask) -> Reaper:
+        """A reaper of the application's table, with its keys as they are now."""
+        return Reaper(
+            self.sql,
+            self.store,
+            keyring=self.interface.secrets(app).keyring,
+            timing=self.settings.timing(app.permanent_session_lifetime),
+            clock=self.clock,
+            observer=self.observer,
+        )
+
+
+class ResilientSession:
+    """Flask sessions on two memcached nodes and SQL.
+
+    :param app: initialised at once when given.
+    :param db: the Flask-SQLAlchemy extension whose database keeps the durable copy;
+        the application's registered one when omitted, and an engine of our own where
+        there is none.
+    """
+
+    def __init__(self, app: Flask | None = None, db: SQLAlchemy | None = None) -> None:
+        if app is not None:
+            self.init_app(app, db)
+
+    def init_app(self, app: Flask, db: SQLAlchemy | None = None) -> None:
+        """Give an application its sessions.
+
+        The order of this and ``db.init_app`` does not matter.
+
+        :raises ConfigurationError: a ``RESILIENT_SESSION_*`` setting is wrong.
+        :raises SetupError: the application has been initialised already.
+        """
+        if _NAME in app.extensions:
+            raise SetupError(
+                "This application has a ResilientSession already. Call init_app once:"
+                " either ResilientSession(app, db), or ResilientSession() and"
+                " init_app(app, db)."
+            )
+        settings = load_settings(app.config)
+        settings.timing(app.permanent_session_lifetime)
+        state = _new_state(app, settings, db)
+        app.extensions[_NAME] = state
+        app.session_interface = state.interface
+        _register_table(app, state)
+        for name in _REAP_COMMANDS:
+            app.cli.add_command(reap_command(name, lambda a: _state(a).new_reaper(a)))
+        if settings.reap_probability:
+            app.after_request(_reap_sometimes(state))
+        if not settings.nodes:
+            logger.warning(
+                "No memcached nodes are configured (RESILIENT_SESSION_NODES):"
+                " sessions live in SQL alone."
+            )
+
+    @property
+    def stats(self) -> Stats:
+        """The current application's counters in this process."""
+        return _current().observer.stats
+
+    def reap(self, **options: Any) -> ReapReport:
+        """One pass of the reaper over the current application's table.
+
+        :param options: the fields of :class:`~flask_resilient_session.ReapOptions`.
+        """
+        app = current_app._get_current_object()  # type: ignore[attr-defined]
+        return _state(app).new_reaper(app).run(ReapOptions(**options))
+
+
+def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppState:
+    """Construct everything; nothing connects before it is used."""
+    clock = SystemClock()
+    # The system's randomness: after a fork a seeded one would repeat itself.
+    chance = random.SystemRandom()
+    observer = Observer(app)
+
+    def new_breaker() -> Breaker:
+        return Breaker(
+            first_pause=settings.node_retry, longest_pause=settings.node_retry_max
+        )
+
+    ring = Ring(
+        [RingNode(node.name, node.weight, node.zone) for node in settings.nodes],
+        settings.replicas,
+    )
+    cluster = Cluster(
+        {n.name: Node(n.name, n.address, clock.monotonic) for n in settings.nodes},
+        new_breaker=new_breaker,
+        node_timeout=settings.node_timeout,
+        key_prefix=settings.key_prefix,
+        max_bytes=settings.max_bytes,
+        clock=clock,
+        random=chance,
+        observer=observer,
+    )
+    sql = SqlTable(
+        table_for(db, settings),
+        lambda: _new_engine(app, settings),
+        create_table=settings.create_table,
+        sql_timeout=settings.sql_timeout,
+        monotonic=clock.monotonic,
+    )
+    durable = Durable(
+        sql,
+        breaker=new_breaker(),
+        concurrency=settings.sql_concurrency if settings.nodes else None,
+        sql_timeout=settings.sql_timeout,
+        user_key=settings.user_key,
+        clock=clock,
+        random=chance,
+        observer=observer,
+    )
+    store = Store(
+        homes=Homes(ring, cluster),
+        durable=durable,
+        max_bytes=settings.max_bytes,
+        clock=clock,
+        random=chance,
+        observer=observer,
+    )
+    interface = ResilientSessionInterface(settings, store, clock, observer)
+    return AppState(settings, db, observer, clock, sql, store, interface)
+
+
+def _new_engine(app: Flask, settings: Settings) -> Any:
+    db = _state(app).db or app.extensions.get("sqlalchemy")
+    if db is None:
+        return default_engine(app, settings.sql_timeout)
+    return app_engine(app, db, settings)
+
+
+def _register_table(app: Flask, state: AppState) -> None:
+    """Make the table part of the application's metadata, now or when it is there.
+
+    Without it Flask-Migrate would take the table for one to drop.
+    """
+    if state.db is not None:
+        return
+    if _adopt(app, state):
+        return
+
+    def adopt_late(sender: Flask, **_: object) -> None:
+        # Before the first request or command runs, whichever pushes a context.
+        appcontext_pushed.disconnect(adopt_late, app)
+        _adopt(app, state)
+
+    # Strong: nobody else holds this function.
+    appcontext_pushed.connect(adopt_late, app, weak=False)
+
+
+def _adopt(app: Flask, state: AppState) -> bool:
+    db = app.extensions.get("sqlalchemy")
+    if db is None:
+        return False
+    table_for(db, state.settings)
+    return True
+
+
+def _reap_sometimes(state: AppState) -> Callable[[Response], Response]:
+    """Now and then, reap a small batch after a response was sent."""
+
+    def after_request(response: Response) -> Response:
+        if random.random() < state.settings.reap_probability:
+            app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+            response.call_on_close(lambda: _reap_after_response(app, state))
+        return response
+
+    return after_request
+
+
+def _reap_after_response(app: Flask, state: AppState) -> None:
+    options = ReapOptions(batch_size=_REAP_BATCH, limit=_REAP_BATCH)
+    report = state.new_reaper(app).run(options)
+    if report.failed is not None or report.refused is not None:
+        reason = report.failed or (report.refused and report.refused.value)
+        logger.warning("Reaping after a response did nothing: %s", reason)
+
+
+def _state(app: Flask) -> AppState:
+    state = app.extensions.get(_NAME)
+    if not isinstance(state, AppState):
+        raise SetupError(
+            "This application has no ResilientSession: call init_app(app, db) first."
+        )
+    return state
+
+
+def _current() -> AppState:
+    return _state(current_app._get_current_object())  # type: ignore[attr-defined]

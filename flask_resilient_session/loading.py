@@ -1,0 +1,123 @@
+"""Loading a session: ask the homes, and SQL where they cannot settle the matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from .access import Access
+from .clock import Clock
+from .durable import Durable
+from .errors import SqlUnavailable
+from .events import Observer, session_recovered, short
+from .homes import Homes
+from .record import Corrupt, Record, Reply
+from .replication import (
+    Gone,
+    InsertFirst,
+    Live,
+    RowAnswer,
+    RowMissing,
+    SqlSilent,
+    Standing,
+    Unknown,
+    confirmed,
+    judge_copies,
+    judge_row,
+)
+
+
+class Loader:
+    """Finds out what is known of a session.
+
+    :param homes: its copies.
+    :param durable: its row.
+    """
+
+    def __init__(
+        self, homes: Homes, durable: Durable, *, clock: Clock, observer: Observer
+    ) -> None:
+        self._homes = homes
+        self._durable = durable
+        self._clock = clock
+        self._observer = observer
+
+    def load(self, access: Access, *, ask_sql: bool = False) -> Live | Gone | Unknown:
+        """What is known of a session.
+
+        :param ask_sql: ask SQL even where the homes agree.
+        """
+        replies = self._homes.read(access)
+        self._count_corrupt(replies)
+        verdict = judge_copies(replies, access.timing, self._clock.now_ms())
+        if isinstance(verdict, Gone):
+            return self._spread(access, verdict)
+        if verdict is not None and not ask_sql:
+            self._observer.count("loaded_from_memory")
+            return verdict
+        return self._widen(access, replies)
+
+    def peek(self, access: Access, names: Sequence[str]) -> dict[str, Reply]:
+        """What these nodes hold for a session; changes nothing."""
+        return self._homes.read(access, names)
+
+    def _widen(
+        self, access: Access, replies: Mapping[str, Reply]
+    ) -> Live | Gone | Unknown:
+        """Ask SQL what the homes did not settle."""
+        row = self._durable.read(access)
+        verdict = judge_row(replies, row, access.timing, self._clock.now_ms())
+        if isinstance(verdict, InsertFirst):
+            verdict = self._insert_first(access, replies, verdict.record)
+        if isinstance(verdict, Gone):
+            return self._spread(access, verdict)
+        if isinstance(verdict, Unknown):
+            self._observer.count("unavailable")
+        elif verdict.standing is Standing.UNVERIFIED:
+            self._observer.count("loaded_unverified")
+        else:
+            self._observer.count("loaded_from_sql")
+            self._observer.send(session_recovered, session=short(access.session_key))
+        return verdict
+
+    def _insert_first(
+        self, access: Access, replies: Mapping[str, Reply], record: Record
+    ) -> Live | Gone | Unknown:
+        """Give a session its row that never had one; only then is it live."""
+        record = replace(record, homes=self._homes.names(access))
+        try:
+            inserted = self._durable.insert(access, record)
+        except SqlUnavailable as error:
+            row: RowAnswer = SqlSilent(str(error))
+        else:
+            if inserted is not None:
+                return confirmed(inserted, replies)
+            # Somebody inserted it meanwhile, and that row has the last word.
+            row = self._durable.read(access)
+            if isinstance(row, RowMissing):
+                return Gone("missing")
+        verdict = judge_row(replies, row, access.timing, self._clock.now_ms())
+        assert not isinstance(verdict, InsertFirst)
+        return verdict
+
+    def _spread(self, access: Access, gone: Gone) -> Gone:
+        """Copy a tombstone to the homes that lack it, and pay its debt to SQL."""
+        tombstone, names = gone.tombstone, gone.spread
+        if tombstone is None:
+            return gone
+        if tombstone.debt:
+            paid = replace(tombstone, debt=False)
+            try:
+                self._durable.bury(access, paid, None)
+            except SqlUnavailable:
+                # The debt stays with the homes, for the next reader.
+                self._observer.count("syncs_put_off")
+            else:
+                tombstone, names = paid, self._homes.names(access)
+        self._homes.bury(access, tombstone, names)
+        return gone
+
+    def _count_corrupt(self, replies: Mapping[str, Reply]) -> None:
+        corrupt = sum(isinstance(reply, Corrupt) for reply in replies.values())
+        if corrupt:
+            self._observer.count("corrupt_copies", corrupt)

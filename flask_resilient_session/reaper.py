@@ -1,0 +1,326 @@
+"""The reaper: crawl what is past its time, ask the nodes, and only then delete.
+
+One bounded pass over the rows whose time is over, in pages along an index. For each
+row every home that the session may live on is asked for its latest copy. A row goes
+only if all of them answered, none holds a newer live copy, and the row is exactly as
+it was read. A row that cannot be checked is kept, and the pass goes on with the next:
+one failure never stops the rest. Running it twice, or killing it, loses nothing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
+
+from .access import Access
+from .clock import Clock
+from .codec import decode
+from .config import Timing
+from .durable import Durable
+from .errors import SqlUnavailable
+from .events import Observer, logger, session_expired, short
+from .record import Hit, Keyring, Record, Reply, Unreachable
+from .replication import (
+    Bury,
+    Keep,
+    Reap,
+    ReapVerdict,
+    Renew,
+    RowAnswer,
+    RowLive,
+    may_reap,
+)
+from .sql import Row
+from .store import Store
+
+DEFAULT_BATCH_SIZE: Final = 500
+
+#: Seconds for one statement of the reaper: nobody waits for it as for a page.
+_STATEMENT_SECONDS: Final = 30.0
+
+#: A row synced this far in the future was written under another clock, and then
+#: nothing that this host's clock says about expiry can be trusted.
+_CLOCK_TOLERANCE_MS: Final = 5 * 60 * 1000
+
+_DAY_MS: Final = 24 * 60 * 60 * 1000
+
+#: memcached keeps nothing for longer than 30 days without being told again. Under
+#: longer lifetimes a copy's last changes would vanish before the session does.
+_LONGEST_IN_MEMORY_MS: Final = 30 * _DAY_MS
+_SYNC_AFTER_MS: Final = 28 * _DAY_MS
+
+
+class Refusal(enum.Enum):
+    """Why a pass was not even started."""
+
+    CLOCKS_APART = (
+        "rows were synced in this host's future: its clock, or another's, is wrong"
+    )
+    FOREIGN_NODES = (
+        "none of the nodes that the rows name is configured on this host"
+        " (RESILIENT_SESSION_NODES); run it where they are, or with --without-nodes"
+    )
+
+
+@dataclass
+class ReapReport:
+    """What one pass did.
+
+    :ivar examined: rows looked at.
+    :ivar renewed: rows whose session turned out to be alive.
+    :ivar reaped: rows deleted, or that would be in a dry run.
+    :ivar unchecked: rows kept because a home, or the row itself, could not be read.
+    :ivar batches: pages read.
+    :ivar seconds: duration.
+    :ivar stopped: it ended early, by a limit or on request.
+    :ivar refused: why nothing was done.
+    :ivar failed: what SQL said when it failed.
+    :ivar reasons: why rows were kept: reason -> rows.
+    """
+
+    examined: int = 0
+    renewed: int = 0
+    reaped: int = 0
+    unchecked: int = 0
+    batches: int = 0
+    seconds: float = 0.0
+    dry_run: bool = False
+    stopped: bool = False
+    refused: Refusal | None = None
+    failed: str | None = None
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ReapOptions:
+    """How a pass is bounded, and what it may assume.
+
+    :ivar limit: rows to examine at most.
+    :ivar max_seconds: time to take at most.
+    :ivar forgotten: nodes that are gone for good and need not be asked.
+    :ivar without_nodes: ask only the nodes configured here, whatever the rows name.
+    :ivar archive: called with each dead session before its row is deleted.
+    :ivar progress: called with the rows that each batch examined.
+    :ivar should_stop: asked between rows.
+    """
+
+    batch_size: int = DEFAULT_BATCH_SIZE
+    limit: int | None = None
+    max_seconds: float | None = None
+    dry_run: bool = False
+    forgotten: frozenset[str] = frozenset()
+    without_nodes: bool = False
+    archive: Callable[[dict[str, Any]], None] | None = None
+    progress: Callable[[int], None] = lambda rows: None
+    should_stop: Callable[[], bool] = lambda: False
+
+
+class ReapSql(Protocol):
+    """The statements of :class:`flask_resilient_session.sql.SqlTable` used here."""
+
+    def page_expired(
+        self, before_ms: int, after: tuple[int, str], limit: int, deadline: float
+    ) -> list[Row]:
+        """Rows past their time."""
+
+    def page_unsynced(
+        self, before_ms: int, after: tuple[int, str], limit: int, deadline: float
+    ) -> list[Row]:
+        """Rows not synced for long."""
+
+    def delete(self, row: Row, deadline: float) -> bool:
+        """Delete an unchanged row."""
+
+    def count_expired(self, before_ms: int, deadline: float) -> int:
+        """Rows past their time."""
+
+    def newest_sync(self, deadline: float) -> int:
+        """The newest sync."""
+
+
+class Reaper:
+    """Runs passes over one application's table."""
+
+    def __init__(
+        self,
+        sql: ReapSql,
+        store: Store,
+        *,
+        keyring: Keyring,
+        timing: Timing,
+        clock: Clock,
+        observer: Observer,
+    ) -> None:
+        self._sql = sql
+        self._store = store
+        self._durable: Durable = store.durable
+        self._keyring = keyring
+        self._timing = timing
+        self._clock = clock
+        self._observer = observer
+
+    def count(self) -> int:
+        """How many rows are past their time and grace.
+
+        :raises SqlUnavailable: SQL did not answer.
+        """
+        before_ms = self._clock.now_ms() - self._timing.reap_grace_ms
+        return self._sql.count_expired(before_ms, self._until())
+
+    def run(self, options: ReapOptions) -> ReapReport:
+        """One pass; never raises for what SQL or nodes do, but reports it."""
+        report = ReapReport(dry_run=options.dry_run)
+        started = self._clock.monotonic()
+        try:
+            self._pass(options, report, started)
+        except SqlUnavailable as error:
+            report.failed = str(error)
+        report.seconds = self._clock.monotonic() - started
+        return report
+
+    def _pass(self, options: ReapOptions, report: ReapReport, started: float) -> None:
+        newest = self._sql.newest_sync(self._until())
+        if newest > self._clock.now_ms() + _CLOCK_TOLERANCE_MS:
+            report.refused = Refusal.CLOCKS_APART
+            return
+        for batch in self._batches(options, report):
+            if not report.examined and self._foreign(batch, options):
+                report.refused = Refusal.FOREIGN_NODES
+                return
+            report.batches += 1
+            examined = report.examined
+            for row in batch:
+                if self._must_stop(options, report, started):
+                    report.stopped = True
+                    return
+                report.examined += 1
+                self._row(row, options, report)
+            options.progress(report.examined - examined)
+
+    def _batches(self, options: ReapOptions, report: ReapReport) -> Iterator[list[Row]]:
+        """Pages of rows to look at: the expired, then those long out of sync."""
+        now_ms = self._clock.now_ms()
+        size = options.batch_size
+        before_ms = now_ms - self._timing.reap_grace_ms
+        after = (0, "")
+        while batch := self._sql.page_expired(before_ms, after, size, self._until()):
+            yield batch
+            after = (batch[-1].expires_at, batch[-1].session_key)
+        if self._timing.lifetime_ms <= _LONGEST_IN_MEMORY_MS:
+            return
+        before_ms, after = now_ms - _SYNC_AFTER_MS, (0, "")
+        while batch := self._sql.page_unsynced(before_ms, after, size, self._until()):
+            yield batch
+            after = (batch[-1].synced_at, batch[-1].session_key)
+
+    def _must_stop(
+        self, options: ReapOptions, report: ReapReport, started: float
+    ) -> bool:
+        if options.limit is not None and report.examined >= options.limit:
+            return True
+        spent = self._clock.monotonic() - started
+        if options.max_seconds is not None and spent >= options.max_seconds:
+            return True
+        return options.should_stop()
+
+    def _foreign(self, batch: Iterable[Row], options: ReapOptions) -> bool:
+        named = {name for row in batch for name in row.homes} - options.forgotten
+        if options.without_nodes or not named:
+            return False
+        return named.isdisjoint(self._store.homes.cluster.names)
+
+    # --- one row -----------------------------------------------------------------
+
+    def _row(self, row: Row, options: ReapOptions, report: ReapReport) -> None:
+        """Look at one row; the pass goes on whatever becomes of it."""
+        access = Access(row.session_key, self._keyring, self._timing, self._until())
+        answer = self._durable.open_row(row, self._keyring)
+        replies = self._ask(access, row, options)
+        verdict = may_reap(answer, replies, self._timing, self._clock.now_ms())
+        if isinstance(verdict, Keep):
+            report.unchecked += 1
+            report.reasons[verdict.reason] = report.reasons.get(verdict.reason, 0) + 1
+            return
+        dead = isinstance(verdict, Reap)
+        if options.dry_run:
+            done = True
+        else:
+            done = self._carry_out(access, row, verdict, answer, replies, options)
+        report.reaped += done and dead
+        report.renewed += done and isinstance(verdict, Renew)
+
+    def _ask(self, access: Access, row: Row, options: ReapOptions) -> dict[str, Reply]:
+        """What every home holds that the session may live on."""
+        configured = self._store.homes.cluster.names
+        homes = set(row.homes) | set(self._store.homes.names(access))
+        homes -= options.forgotten - configured
+        if options.without_nodes:
+            homes &= configured
+        replies: dict[str, Reply] = {
+            name: Unreachable("not configured on this host")
+            for name in sorted(homes - configured)
+        }
+        replies |= self._store.peek(access, sorted(homes & configured))
+        return replies
+
+    def _carry_out(
+        self,
+        access: Access,
+        row: Row,
+        verdict: ReapVerdict,
+        answer: RowAnswer,
+        replies: dict[str, Reply],
+        options: ReapOptions,
+    ) -> bool:
+        """Do it; False where the row changed meanwhile and is not ours to touch."""
+        if isinstance(verdict, Renew):
+            homes = self._store.homes.names(access) or row.homes
+            record = replace(verdict.record, homes=homes, row_version=row.version)
+            return self._durable.update(access, record) is not None
+        if isinstance(verdict, Bury):
+            record_seen = answer.record if isinstance(answer, RowLive) else None
+            self._durable.bury(access, verdict.tombstone, record_seen)
+            return True
+        data = self._final_data(answer, replies) if row.revoked_at is None else None
+        if options.archive is not None and row.revoked_at is None:
+            options.archive(_for_archive(row, data))
+        if not self._sql.delete(row, self._until()):
+            return False
+        if row.revoked_at is None:
+            self._observer.send(
+                session_expired, session=short(row.session_key), data=data
+            )
+        return True
+
+    def _final_data(
+        self, answer: RowAnswer, replies: dict[str, Reply]
+    ) -> dict[str, Any] | None:
+        """The last that is known of a dead session."""
+        records = [answer.record] if isinstance(answer, RowLive) else []
+        for reply in replies.values():
+            if isinstance(reply, Hit) and isinstance(reply.copy, Record):
+                records.append(reply.copy)
+        if not records:
+            return None
+        newest = max(records, key=lambda record: record.last_use_ms)
+        try:
+            return decode(newest.payload())
+        except ValueError as error:
+            logger.warning("The data of an expired session cannot be read: %s", error)
+            return None
+
+    def _until(self) -> float:
+        return self._clock.monotonic() + _STATEMENT_SECONDS
+
+
+def _for_archive(row: Row, data: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "session": short(row.session_key),
+        "user_id": row.user_id,
+        "created_at": row.created_at,
+        "synced_at": row.synced_at,
+        "expires_at": row.expires_at,
+        "data": data,
+    }

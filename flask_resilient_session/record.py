@@ -1,0 +1,424 @@
+"""A session as it is stored: its state, how two states join, and its bytes.
+
+The state is a join-semilattice, so that copies converge in whatever order they
+meet: each top-level key carries a stamp, and the higher stamp wins. A tombstone
+is the top: joined with anything it stays a tombstone.
+
+A deleted key leaves a marker (an entry without a value), or an old copy would
+bring the key back. Markers are dropped now and then, and the highest stamp
+dropped becomes the record's *floor*: of a copy with a lower floor only entries
+stamped above it count, since whoever raised the floor had seen all the rest.
+
+Times are Unix milliseconds. Nothing here reads a clock or does I/O.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
+
+import msgpack
+
+#: (counter, nonce). The counter is the larger of the Unix time in milliseconds and
+#: one more than the largest that the writer saw: a clock alone would let a slow
+#: clock's newer write lose, a count alone would let a write that only SQL
+#: acknowledged lose to copies that were ahead of it.
+Stamp: TypeAlias = tuple[int, int]
+
+#: Bits of a nonce: two writers that pick the same counter must not tie.
+NONCE_BITS: Final = 64
+
+NO_FLOOR: Final[Stamp] = (0, 0)
+
+#: More deletion markers than this are dropped at the next sync, however young:
+#: 256 of them take about as much room as a small session.
+MARKER_LIMIT: Final = 256
+
+EndReason: TypeAlias = Literal["ended", "moved"]
+
+
+class Entry(NamedTuple):
+    """One top-level key's stamp and encoded value; no value: the key is deleted."""
+
+    counter: int
+    nonce: int
+    value: bytes | None
+
+    @property
+    def stamp(self) -> Stamp:
+        """What decides between two values of one key."""
+        return (self.counter, self.nonce)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A live session as a node or SQL holds it.
+
+    :ivar entries: key -> entry, deletion markers included.
+    :ivar floor: see the module's text.
+    :ivar created_ms: when the session was created.
+    :ivar last_use_ms: when it was last used, as far as this copy was told.
+    :ivar synced_ms: when SQL was last written; 0 for never.
+    :ivar row_version: version of the SQL row at that sync; 0 for none.
+    :ivar writes: modifications since that sync.
+    :ivar never_synced: the session has no row yet, so that a missing row does not
+        mean that the session is gone.
+    :ivar unverified: written while SQL could not be asked.
+    :ivar homes: names of the nodes that held the session for its last writer.
+    """
+
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    floor: Stamp = NO_FLOOR
+    created_ms: int = 0
+    last_use_ms: int = 0
+    synced_ms: int = 0
+    row_version: int = 0
+    writes: int = 0
+    never_synced: bool = False
+    unverified: bool = False
+    homes: tuple[str, ...] = ()
+
+    def payload(self) -> dict[str, bytes]:
+        """Live keys and their encoded values."""
+        return {
+            key: entry.value
+            for key, entry in self.entries.items()
+            if entry.value is not None
+        }
+
+    def size(self) -> int:
+        """Bytes that count towards the size limit: live keys and values."""
+        return sum(
+            len(key.encode("utf-8", "surrogatepass")) + len(entry.value)
+            for key, entry in self.entries.items()
+            if entry.value is not None
+        )
+
+    def largest_counter(self) -> int:
+        """The largest counter seen so far; the next write goes above it."""
+        return max(
+            (entry.counter for entry in self.entries.values()), default=self.floor[0]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """What stands where a session was ended or moved to another id.
+
+    :ivar reason: ``"ended"`` (logout, revocation) or ``"moved"`` (regenerated).
+    :ivar ended_ms: when.
+    :ivar debt: SQL has not been told yet; whoever reads this tells it.
+    """
+
+    reason: EndReason
+    ended_ms: int
+    debt: bool = False
+
+
+Copy: TypeAlias = Record | Tombstone
+
+
+# --- the lattice -----------------------------------------------------------------
+
+
+def join(left: Copy, right: Copy) -> Copy:
+    """The least state that holds both: commutative, associative, idempotent."""
+    if isinstance(left, Tombstone):
+        return join_tombstones(left, right) if isinstance(right, Tombstone) else left
+    if isinstance(right, Tombstone):
+        return right
+    return join_records(left, right)
+
+
+def join_records(left: Record, right: Record) -> Record:
+    """:func:`join` for two live records."""
+    floor = max(left.floor, right.floor)
+    entries = _above(left, floor)
+    for key, entry in _above(right, floor).items():
+        other = entries.get(key)
+        entries[key] = entry if other is None else _later(entry, other)
+    # The newest sync's bookkeeping is taken as a whole: a version with another
+    # sync's time would let one of the two be judged by the other.
+    newest = max(left, right, key=_sync_order)
+    return Record(
+        entries=entries,
+        floor=floor,
+        created_ms=min(left.created_ms, right.created_ms),
+        last_use_ms=max(left.last_use_ms, right.last_use_ms),
+        synced_ms=newest.synced_ms,
+        row_version=newest.row_version,
+        writes=newest.writes,
+        never_synced=left.never_synced and right.never_synced,
+        unverified=left.unverified or right.unverified,
+        homes=max(left.homes, right.homes),
+    )
+
+
+def same_state(left: Record, right: Record) -> bool:
+    """Whether two records hold the same keys at the same stamps; times may differ."""
+    return left.entries == right.entries and left.floor == right.floor
+
+
+def _above(record: Record, floor: Stamp) -> dict[str, Entry]:
+    if record.floor == floor:
+        return dict(record.entries)
+    return {k: entry for k, entry in record.entries.items() if entry.stamp > floor}
+
+
+def _later(left: Entry, right: Entry) -> Entry:
+    return max(left, right, key=_entry_order)
+
+
+def _entry_order(entry: Entry) -> tuple[int, int, bool, bytes]:
+    # One stamp is one write, so equal stamps come with equal values. The last two
+    # members only keep the join commutative should that ever not hold.
+    return (entry.counter, entry.nonce, entry.value is not None, entry.value or b"")
+
+
+def _sync_order(record: Record) -> tuple[int, int, int]:
+    return (record.row_version, record.synced_ms, record.writes)
+
+
+def join_tombstones(left: Tombstone, right: Tombstone) -> Tombstone:
+    """:func:`join` for two tombstones."""
+    # "ended" outranks "moved": a moved id may still log in within its first minute.
+    reason: EndReason = "ended" if "ended" in (left.reason, right.reason) else "moved"
+    return Tombstone(
+        reason=reason,
+        ended_ms=max(left.ended_ms, right.ended_ms),
+        debt=left.debt and right.debt,
+    )
+
+
+# --- writing ---------------------------------------------------------------------
+
+
+def apply_changes(
+    record: Record, changes: Mapping[str, bytes | None], now_ms: int, nonce: int
+) -> Record:
+    """The record after one request's changes, all under one new stamp.
+
+    :param changes: key -> encoded value, or None to delete the key.
+    :param nonce: random, :data:`NONCE_BITS` wide.
+    """
+    counter = max(record.largest_counter() + 1, record.floor[0] + 1, now_ms)
+    entries = dict(record.entries)
+    for key, value in changes.items():
+        if value is not None or key in entries:
+            entries[key] = Entry(counter, nonce, value)
+    return replace(
+        record,
+        entries=entries,
+        writes=record.writes + 1,
+        last_use_ms=max(record.last_use_ms, now_ms),
+    )
+
+
+def drop_markers(record: Record, older_than_ms: int) -> Record:
+    """The record with its deletion markers dropped that are old, or too many.
+
+    Only for a record that both homes hold and SQL has nothing to add to: the floor
+    claims that everything stamped below it has been seen.
+
+    :param older_than_ms: markers stamped before this go; all of them go when there
+        are more than :data:`MARKER_LIMIT`.
+    """
+    markers = [entry for entry in record.entries.values() if entry.value is None]
+    if len(markers) <= MARKER_LIMIT:
+        markers = [entry for entry in markers if entry.counter < older_than_ms]
+    if not markers:
+        return record
+    floor = max(record.floor, *(entry.stamp for entry in markers))
+    entries = {
+        key: entry
+        for key, entry in record.entries.items()
+        if entry.value is not None or entry.stamp > floor
+    }
+    return replace(record, entries=entries, floor=floor)
+
+
+# --- bytes -----------------------------------------------------------------------
+
+#: What every record starts with: the magic, the format number, the cipher.
+MAGIC: Final = b"frs"
+FORMAT: Final = 1
+PLAIN: Final = 0
+
+_KEY_ID_BYTES: Final = 4
+_MAC_BYTES: Final = 32
+_HEADER_BYTES: Final = len(MAGIC) + 2 + _KEY_ID_BYTES
+
+#: An upper bound of what the envelope adds to a session of the largest allowed
+#: size: stamps and key names of its entries, markers up to their limit and a few
+#: syncs' worth beyond it. A longer item is not one of ours and is not read.
+ENVELOPE_ALLOWANCE: Final = 256 * 1024
+
+_LIVE: Final = 1
+_DEAD: Final = 0
+_NEVER_SYNCED: Final = 1
+_UNVERIFIED: Final = 2
+_DEBT: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class CorruptBytes:
+    """Bytes that are no record of this session: garbage, foreign or swapped."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownFormat:
+    """A record under a key or format that this worker does not know.
+
+    Another worker may be ahead in a key rotation or an upgrade, so it is neither
+    used nor overwritten.
+    """
+
+
+class Keyring:
+    """The keys that seal records: the current one, and older ones still accepted.
+
+    :param secrets: the application's secret keys, the current one first.
+    :param namespace: what the records belong to; bytes of another namespace are
+        corrupt here.
+    """
+
+    def __init__(self, secrets: Iterable[str | bytes], namespace: str) -> None:
+        self._macs: dict[bytes, hmac.HMAC] = {}
+        label = namespace.encode()
+        for secret in secrets:
+            raw = secret.encode() if isinstance(secret, str) else secret
+            key = hmac.digest(raw, b"flask-resilient-session record", "sha256")
+            key_id = hashlib.sha256(b"key id" + key).digest()[:_KEY_ID_BYTES]
+            prepared = hmac.new(key, len(label).to_bytes(4, "big") + label, "sha256")
+            self._macs.setdefault(key_id, prepared)
+        if not self._macs:
+            raise ValueError("A keyring needs at least one secret key.")
+        self._header = MAGIC + bytes((FORMAT, PLAIN)) + next(iter(self._macs))
+
+    def seal(self, session_key: str, copy: Copy) -> bytes:
+        """A record or tombstone as bytes that only fit this session.
+
+        :param session_key: hex digest of the session id.
+        """
+        body = _pack(copy)
+        mac = self._mac(self._header, session_key, body)
+        return self._header + mac + body
+
+    def unseal(
+        self, session_key: str, data: bytes
+    ) -> Copy | CorruptBytes | UnknownFormat:
+        """The reverse of :meth:`seal`; never raises, whatever the bytes are."""
+        if len(data) < _HEADER_BYTES + _MAC_BYTES or not data.startswith(MAGIC):
+            return CorruptBytes()
+        header = data[:_HEADER_BYTES]
+        known = data[3] == FORMAT and data[4] == PLAIN
+        if not known or header[5:] not in self._macs:
+            return UnknownFormat()
+        body = data[_HEADER_BYTES + _MAC_BYTES :]
+        mac = data[_HEADER_BYTES : _HEADER_BYTES + _MAC_BYTES]
+        if not hmac.compare_digest(mac, self._mac(header, session_key, body)):
+            return CorruptBytes()
+        return _unpack(body)
+
+    def _mac(self, header: bytes, session_key: str, body: bytes) -> bytes:
+        mac = self._macs[header[5:]].copy()
+        mac.update(header + session_key.encode("ascii") + body)
+        return mac.digest()
+
+
+def _pack(copy: Copy) -> bytes:
+    if isinstance(copy, Tombstone):
+        flags = _DEBT if copy.debt else 0
+        fields: list[Any] = [_DEAD, copy.reason, copy.ended_ms, flags]
+    else:
+        flags = (_NEVER_SYNCED if copy.never_synced else 0) | (
+            _UNVERIFIED if copy.unverified else 0
+        )
+        fields = [
+            _LIVE,
+            copy.created_ms,
+            copy.last_use_ms,
+            copy.synced_ms,
+            copy.row_version,
+            copy.writes,
+            flags,
+            copy.homes,
+            copy.floor,
+            copy.entries,
+        ]
+    packed: bytes = msgpack.packb(
+        fields, use_bin_type=True, unicode_errors="surrogatepass"
+    )
+    return packed
+
+
+def _unpack(body: bytes) -> Copy | CorruptBytes:
+    # The MAC has vouched for the bytes, so what fails here was written by a bug.
+    try:
+        fields = msgpack.unpackb(body, use_list=False, unicode_errors="surrogatepass")
+        if fields[0] == _DEAD:
+            _, reason, ended_ms, flags = fields
+            return Tombstone(reason, ended_ms, bool(flags & _DEBT))
+        (_, created, used, synced, version, writes, flags, homes, floor, raw) = fields
+        entries = {key: Entry(*entry) for key, entry in raw.items()}
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return CorruptBytes()
+    return Record(
+        entries=entries,
+        floor=floor,
+        created_ms=created,
+        last_use_ms=used,
+        synced_ms=synced,
+        row_version=version,
+        writes=writes,
+        never_synced=bool(flags & _NEVER_SYNCED),
+        unverified=bool(flags & _UNVERIFIED),
+        homes=homes,
+    )
+
+
+# --- what a node answers ---------------------------------------------------------
+
+
+class Token(NamedTuple):
+    """A compare-and-swap token, and when in the node's life it was read.
+
+    memcached's counter restarts with the server, so that a token is only good on a
+    connection opened before the token was read.
+    """
+
+    value: int
+    read_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """The node holds a record or tombstone of this session."""
+
+    copy: Copy
+    token: Token
+
+
+@dataclass(frozen=True, slots=True)
+class Miss:
+    """The node answered that it holds nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable:
+    """No answer, or one that cannot be used: it says nothing about the session."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Corrupt:
+    """The node holds bytes that are not a record of this session."""
+
+    token: Token
+
+
+Reply: TypeAlias = Hit | Miss | Unreachable | Corrupt

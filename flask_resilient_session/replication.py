@@ -1,0 +1,461 @@
+"""Every decision of the protocol, as functions from answers to one whole verdict.
+
+Two homes and SQL hold a session. What two live copies agree on needs no SQL; anything
+else does, since a copy alone may be old, and a miss alone may be a restart. Nothing
+here reads a clock, rolls dice or does I/O, so that each rule can be read, tested and
+switched off on its own.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final, Literal, TypeAlias
+
+from .config import Timing
+from .record import (
+    Corrupt,
+    EndReason,
+    Hit,
+    Miss,
+    Record,
+    Reply,
+    Token,
+    Tombstone,
+    Unreachable,
+    join_records,
+    join_tombstones,
+    same_state,
+)
+from .wire import Ack
+
+#: With fewer homes there is no second opinion: SQL is asked and told every time.
+PAIR: Final = 2
+
+_DAY_MS: Final = 24 * 60 * 60 * 1000
+
+#: memcached takes an expiry over 30 days for a date.
+_LONGEST_EXPTIME: Final = 30 * 24 * 60 * 60
+
+#: Tombstones and copies outlive what they stand for by this: more than clocks differ.
+_MARGIN_MS: Final = _DAY_MS
+
+
+class Standing(enum.Enum):
+    """What a loaded session rests on."""
+
+    #: Both homes hold the same state.
+    AGREED = "agreed"
+    #: SQL settled what the homes could not.
+    CONFIRMED = "confirmed"
+    #: SQL could not be asked; this is what the reachable copies hold.
+    UNVERIFIED = "unverified"
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The session exists.
+
+    :ivar record: the join of all that was found.
+    :ivar places: the homes that can be written, each with the token of what stands
+        there, or None where nothing does.
+    :ivar repairs: those whose copy is missing, corrupt, behind or not yet verified.
+    """
+
+    record: Record
+    standing: Standing
+    places: Mapping[str, Token | None] = field(default_factory=dict)
+    repairs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The session does not exist, on the word of a tombstone or of SQL.
+
+    :ivar reason: ``missing`` is a session that SQL has never heard of or has reaped.
+    :ivar ended_ms: when it was ended or moved; 0 otherwise.
+    :ivar tombstone: what to write to the homes named in ``spread``.
+    """
+
+    reason: EndReason | Literal["expired", "missing"]
+    ended_ms: int = 0
+    tombstone: Tombstone | None = None
+    spread: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Nobody can say whether the session exists."""
+
+
+@dataclass(frozen=True, slots=True)
+class InsertFirst:
+    """The session was never synced: it lives once its row is inserted."""
+
+    record: Record
+
+
+# --- what SQL answers ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RowLive:
+    """A live row; its record carries the row's version."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class RowDead:
+    """A tombstone row."""
+
+    tombstone: Tombstone
+
+
+@dataclass(frozen=True, slots=True)
+class RowMissing:
+    """SQL answered that there is no row."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowCorrupt:
+    """A live row whose record is not one of this session's."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class SqlSilent:
+    """SQL could not be asked, or its record is under a key unknown to this worker."""
+
+    reason: str
+
+
+RowAnswer: TypeAlias = RowLive | RowDead | RowMissing | RowCorrupt | SqlSilent
+
+
+# --- time ------------------------------------------------------------------------
+
+
+def expires_ms(record: Record, timing: Timing) -> int:
+    """When the session ends unless it is used again, in Unix milliseconds."""
+    idle = record.last_use_ms + timing.lifetime_ms
+    if timing.absolute_ms is None:
+        return idle
+    return min(idle, record.created_ms + timing.absolute_ms)
+
+
+def row_expires_ms(record: Record, timing: Timing) -> int:
+    """When the row may be looked at by the reaper: never before the session ends.
+
+    The row hears of uses only at syncs, and of unchanged sessions' only when a
+    refresh is due, so it waits that much longer.
+    """
+    return expires_ms(record, timing) + timing.sync_ms + timing.refresh_ms
+
+
+def tombstone_expires_ms(tombstone: Tombstone, timing: Timing) -> int:
+    """When no copy of the session that it stands for can still be alive."""
+    return (
+        tombstone.ended_ms
+        + timing.lifetime_ms
+        + timing.sync_ms
+        + timing.refresh_ms
+        + _MARGIN_MS
+    )
+
+
+def exptime_seconds(until_ms: int, timing: Timing, now_ms: int) -> int:
+    """memcached's time to live for something that matters until then; never 0."""
+    remaining = until_ms - now_ms + timing.reap_grace_ms + _MARGIN_MS
+    return max(1, min(_LONGEST_EXPTIME, remaining // 1000))
+
+
+def refresh_due(record: Record, timing: Timing, now_ms: int) -> bool:
+    """Whether a use is worth telling the homes."""
+    return now_ms - record.last_use_ms >= timing.refresh_ms
+
+
+# --- reading ---------------------------------------------------------------------
+
+
+def judge_copies(
+    replies: Mapping[str, Reply], timing: Timing, now_ms: int
+) -> Live | Gone | None:
+    """What the homes settle by themselves; None: SQL has to be asked.
+
+    :param replies: home -> reply, for all of the session's homes.
+    """
+    tombstone = _tombstone(replies)
+    if tombstone is not None:
+        return _buried(tombstone, replies)
+    hits = [reply for reply in replies.values() if isinstance(reply, Hit)]
+    if len(hits) != len(replies) or len(hits) < PAIR:
+        return None
+    names = frozenset(replies)
+    first = hits[0].copy
+    assert isinstance(first, Record)
+    record = first
+    for hit in hits:
+        copy = hit.copy
+        assert isinstance(copy, Record)
+        if not _vouches(copy, names) or not same_state(copy, first):
+            return None
+        if copy is not first:
+            record = join_records(record, copy)
+    if expires_ms(record, timing) <= now_ms:
+        return None
+    places = {name: reply.token for name, reply in _hits(replies)}
+    return Live(record, Standing.AGREED, places)
+
+
+def judge_row(
+    replies: Mapping[str, Reply], row: RowAnswer, timing: Timing, now_ms: int
+) -> Live | Gone | InsertFirst | Unknown:
+    """What homes and SQL together say, where the homes alone did not settle it."""
+    copies = [hit.copy for _, hit in _hits(replies) if isinstance(hit.copy, Record)]
+    if isinstance(row, RowDead):
+        return _buried(row.tombstone, replies)
+    if isinstance(row, SqlSilent):
+        if not copies:
+            return Unknown()
+        record = replace(_join_all(copies), unverified=True)
+        if expires_ms(record, timing) <= now_ms:
+            return Unknown()
+        return Live(record, Standing.UNVERIFIED, _places(replies))
+    if isinstance(row, RowMissing):
+        if not copies or not all(copy.never_synced for copy in copies):
+            return Gone("missing")
+        record = _join_all(copies)
+    elif isinstance(row, RowCorrupt):
+        if not copies:
+            return Gone("missing")
+        record = replace(_join_all(copies), row_version=row.version)
+    else:
+        record = _join_all([row.record, *copies])
+    if expires_ms(record, timing) <= now_ms:
+        return Gone("expired")
+    if isinstance(row, RowMissing):
+        return InsertFirst(record)
+    return confirmed(record, replies)
+
+
+def confirmed(record: Record, replies: Mapping[str, Reply]) -> Live:
+    """A session that SQL vouches for, and the homes that must be told."""
+    record = replace(record, never_synced=False, unverified=False)
+    names = frozenset(replies)
+    places = _places(replies)
+    repairs = tuple(name for name in places if not _holds(replies[name], record, names))
+    return Live(record, Standing.CONFIRMED, places, repairs)
+
+
+def _hits(replies: Mapping[str, Reply]) -> list[tuple[str, Hit]]:
+    return [(name, reply) for name, reply in replies.items() if isinstance(reply, Hit)]
+
+
+def _join_all(records: Sequence[Record]) -> Record:
+    joined = records[0]
+    for record in records[1:]:
+        joined = join_records(joined, record)
+    return joined
+
+
+def _vouches(copy: Record, homes: frozenset[str]) -> bool:
+    # A copy that names other homes was written under another configuration: its
+    # writers may since have gone on elsewhere.
+    return not copy.unverified and frozenset(copy.homes) == homes
+
+
+def _holds(reply: Reply, record: Record, homes: frozenset[str]) -> bool:
+    return (
+        isinstance(reply, Hit)
+        and isinstance(reply.copy, Record)
+        and _vouches(reply.copy, homes)
+        and not reply.copy.never_synced
+        # One that has not heard of the last sync would try it again.
+        and reply.copy.row_version == record.row_version
+        and same_state(reply.copy, record)
+    )
+
+
+def _places(replies: Mapping[str, Reply]) -> dict[str, Token | None]:
+    places: dict[str, Token | None] = {}
+    for name, reply in replies.items():
+        if isinstance(reply, (Hit, Corrupt)):
+            places[name] = reply.token
+        elif isinstance(reply, Miss):
+            places[name] = None
+    return places
+
+
+def _tombstone(replies: Mapping[str, Reply]) -> Tombstone | None:
+    found: Tombstone | None = None
+    for _, hit in _hits(replies):
+        if isinstance(hit.copy, Tombstone):
+            found = hit.copy if found is None else join_tombstones(found, hit.copy)
+    return found
+
+
+def _buried(tombstone: Tombstone, replies: Mapping[str, Reply]) -> Gone:
+    spread = tuple(
+        name
+        for name, reply in replies.items()
+        if not isinstance(reply, Unreachable)
+        and not (isinstance(reply, Hit) and isinstance(reply.copy, Tombstone))
+    )
+    return Gone(tombstone.reason, tombstone.ended_ms, tombstone, spread)
+
+
+# --- writing ---------------------------------------------------------------------
+
+
+class SqlNeed(enum.Enum):
+    """Whether a save writes SQL."""
+
+    NONE = "none"
+    #: Put off where SQL cannot take it.
+    DUE = "due"
+    #: Nothing is acknowledged without it.
+    REQUIRED = "required"
+
+
+def sql_need(
+    live: Live,
+    *,
+    changed: bool,
+    required: bool,
+    homes: int,
+    timing: Timing,
+    now_ms: int,
+) -> SqlNeed:
+    """Whether this save writes SQL before it writes the homes.
+
+    :param changed: the request changed the session.
+    :param required: it changed the user, or asked for a sync.
+    :param homes: number of homes that the session has by configuration.
+    """
+    if required:
+        return SqlNeed.REQUIRED
+    if live.standing is Standing.UNVERIFIED:
+        return SqlNeed.NONE
+    if changed and (live.standing is not Standing.AGREED or homes < PAIR):
+        return SqlNeed.REQUIRED
+    record = live.record
+    if record.never_synced:
+        # Its cookie came back, so it is worth a row.
+        return SqlNeed.DUE
+    if (
+        changed
+        and timing.sync_writes is not None
+        and record.writes + 1 >= timing.sync_writes
+    ):
+        return SqlNeed.DUE
+    if timing.sync_ms == 0 or homes < PAIR:
+        due = changed or refresh_due(record, timing, now_ms)
+    else:
+        due = now_ms - record.synced_ms >= timing.sync_ms
+    return SqlNeed.DUE if due else SqlNeed.NONE
+
+
+class Outcome(enum.Enum):
+    """What the homes' answers to a write amount to."""
+
+    #: The change is in two places, or in SQL.
+    ACKNOWLEDGED = "acknowledged"
+    #: Too few homes have it: SQL must take it now.
+    SQL_NOW = "sql now"
+    #: Somebody else wrote in between: read again and join.
+    CONFLICT = "conflict"
+
+
+def judge_acks(acks: Mapping[str, Ack], *, homes: int, in_sql: bool) -> Outcome:
+    """Whether a change is safe.
+
+    :param acks: answers of the homes that were written.
+    :param homes: number of homes that the session has by configuration.
+    :param in_sql: SQL committed the change before.
+    """
+    answers = list(acks.values())
+    if Ack.CONFLICT in answers:
+        return Outcome.CONFLICT
+    if in_sql:
+        return Outcome.ACKNOWLEDGED
+    if answers.count(Ack.STORED) == homes and homes >= PAIR:
+        return Outcome.ACKNOWLEDGED
+    return Outcome.SQL_NOW
+
+
+def to_remove(acks: Mapping[str, Ack]) -> list[str]:
+    """Homes whose old copy must go, after SQL took a change that no home did.
+
+    A refused write leaves the old value readable. Two such copies would still agree
+    with each other, and nobody would ask SQL.
+    """
+    if Ack.STORED in acks.values():
+        return []
+    return [name for name, ack in acks.items() if ack is Ack.REFUSED]
+
+
+# --- reaping ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reap:
+    """The row may be deleted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """The session is alive: the row is to hold this."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Bury:
+    """The session was ended while SQL could not be told."""
+
+    tombstone: Tombstone
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The row stays as it is, since it cannot be checked now."""
+
+    reason: str
+
+
+ReapVerdict: TypeAlias = Reap | Renew | Bury | Keep
+
+
+def may_reap(
+    row: RowAnswer, replies: Mapping[str, Reply], timing: Timing, now_ms: int
+) -> ReapVerdict:
+    """What to do with a row that is past its time.
+
+    :param replies: the reply of every home that the session may live on.
+    """
+    silent = [n for n, reply in replies.items() if isinstance(reply, Unreachable)]
+    if silent:
+        return Keep(f"no answer from {', '.join(sorted(silent))}")
+    if isinstance(row, SqlSilent):
+        return Keep(row.reason)
+    copies = [hit.copy for _, hit in _hits(replies) if isinstance(hit.copy, Record)]
+    if isinstance(row, RowDead):
+        # A copy that could still be served is the reason to keep the tombstone.
+        alive = any(expires_ms(copy, timing) > now_ms for copy in copies)
+        return Keep("a node still holds a copy") if alive else Reap()
+    tombstone = _tombstone(replies)
+    if tombstone is not None:
+        return Bury(replace(tombstone, debt=False))
+    if isinstance(row, RowLive):
+        copies.append(row.record)
+    if not copies:
+        return Reap()
+    record = _join_all(copies)
+    if expires_ms(record, timing) <= now_ms:
+        return Reap()
+    if isinstance(row, RowCorrupt):
+        record = replace(record, row_version=row.version)
+    return Renew(replace(record, never_synced=False, unverified=False))

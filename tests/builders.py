@@ -1,0 +1,333 @@
+"""What the tests of several rooms build alike: records, replies, whole stores."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from hypothesis import HealthCheck, settings
+
+from flask_resilient_session.access import Access
+from flask_resilient_session.clock import SystemClock
+from flask_resilient_session.cluster import Cluster, NodeLike
+from flask_resilient_session.codec import encode_value
+from flask_resilient_session.config import Timing
+from flask_resilient_session.durable import Durable
+from flask_resilient_session.errors import SqlUnavailable
+from flask_resilient_session.events import Observer
+from flask_resilient_session.health import Breaker
+from flask_resilient_session.homes import Homes
+from flask_resilient_session.node import Node
+from flask_resilient_session.record import Entry, Keyring, Record
+from flask_resilient_session.replication import Live
+from flask_resilient_session.ring import Ring, RingNode
+from flask_resilient_session.sql import Row, SqlTable, define_table, plain_engine
+from flask_resilient_session.store import Store
+from servers import Memcached
+
+# A busy machine is no reason for a law to fail.
+settings.register_profile(
+    "busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy machine")
+
+#: A moment in 2026, in Unix milliseconds.
+NOW = 1_770_000_000_000
+SECOND = 1000
+HOUR = 3600 * SECOND
+DAY = 24 * HOUR
+
+#: The homes' names in tests that have no ring.
+FIRST_HOME, SECOND_HOME = "first_home", "second_home"
+PAIR = (FIRST_HOME, SECOND_HOME)
+
+NAMESPACE = "frs:\0flask_resilient_session"
+PREFIX = "frs:"
+KEYRING = Keyring(["test secret"], NAMESPACE)
+
+
+def session_key(name: str) -> str:
+    """The key of a session that the test knows by a name."""
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def timing(**changes: Any) -> Timing:
+    """A lifetime of a day, a sync every minute, a refresh every ten seconds."""
+    usual = Timing(
+        lifetime_ms=DAY,
+        absolute_ms=None,
+        sync_ms=60 * SECOND,
+        sync_writes=None,
+        refresh_ms=10 * SECOND,
+        reap_grace_ms=HOUR,
+    )
+    return replace(usual, **changes)
+
+
+def record(entries: dict[str, Entry] | None = None, **fields: Any) -> Record:
+    """A record that was created, used and synced now, at home on ``PAIR``."""
+    usual: dict[str, Any] = {
+        "created_ms": NOW,
+        "last_use_ms": NOW,
+        "synced_ms": NOW,
+        "row_version": 1,
+        "homes": PAIR,
+    }
+    if entries is None:
+        entries = {"name": Entry(NOW, 1, b"value")}
+    return Record(entries=entries, **(usual | fields))
+
+
+def row(key: str, **fields: Any) -> Row:
+    """A live row."""
+    usual: dict[str, Any] = {
+        "session_key": key,
+        "version": 1,
+        "record": b"sealed",
+        "user_id": None,
+        "homes": PAIR,
+        "created_at": NOW,
+        "synced_at": NOW,
+        "expires_at": NOW + DAY,
+    }
+    return Row(**(usual | fields))
+
+
+def tombstone_row(key: str, **fields: Any) -> Row:
+    """A row that says that the session was ended."""
+    usual = {"version": 2, "record": None, "revoked_at": NOW, "reason": "ended"}
+    return row(key, **(usual | fields))
+
+
+class TestClock(SystemClock):
+    """The system's clock, whose Unix time a test can put forward."""
+
+    __test__ = False
+
+    def __init__(self) -> None:
+        self.ahead_ms = 0
+
+    def now_ms(self) -> int:
+        """Unix time in milliseconds."""
+        return super().now_ms() + self.ahead_ms
+
+
+def patient_breaker() -> Breaker:
+    """A breaker that lets every caller through, so that each fault is met anew."""
+    return Breaker(
+        first_pause=0.0001, longest_pause=0.0001, tolerated_timeouts=1_000_000
+    )
+
+
+def usual_breaker() -> Breaker:
+    """A breaker that keeps skipping what it suspects for the rest of a test."""
+    return Breaker(first_pause=600.0, longest_pause=600.0, tolerated_timeouts=3)
+
+
+def make_cluster(nodes: dict[str, NodeLike], **changes: Any) -> Cluster:
+    """A cluster of these nodes."""
+    usual: dict[str, Any] = {
+        "new_breaker": patient_breaker,
+        "node_timeout": 2.0,
+        "key_prefix": PREFIX,
+        "max_bytes": 100_000,
+        "clock": SystemClock(),
+        "random": random.Random(1),
+        "observer": Observer(None),
+    }
+    return Cluster(nodes, **(usual | changes))
+
+
+class Statements:
+    """Counts the statements that SQL is sent, those about transactions apart."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def watch(self, engine: sa.Engine) -> None:
+        """Count what this engine sends from now on."""
+        sa.event.listen(engine, "before_cursor_execute", self._note)
+
+    def _note(self, _c: Any, _cursor: Any, statement: str, *_rest: Any) -> None:
+        apart = ("BEGIN", "COMMIT", "ROLLBACK", "PRAGMA")
+        if not statement.lstrip().upper().startswith(apart):
+            self.texts.append(statement)
+
+
+def sqlite_table(path: Path, **changes: Any) -> SqlTable:
+    """The table in an SQLite file."""
+    usual: dict[str, Any] = {
+        "create_table": True,
+        "sql_timeout": 5.0,
+        "monotonic": SystemClock().monotonic,
+    }
+    url = sa.make_url(f"sqlite:///{path}")
+    table = define_table(sa.MetaData(), "flask_resilient_session", None)
+    timeout = changes.get("sql_timeout", 5.0)
+    return SqlTable(table, lambda: plain_engine(url, timeout), **(usual | changes))
+
+
+class SwitchedSql:
+    """SQL that a test can switch off; what runs before a statement can be set."""
+
+    def __init__(self, table: SqlTable) -> None:
+        self.table = table
+        self.down = False
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self.table, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.down:
+                raise SqlUnavailable("switched off by the test")
+            return method(*args, **kwargs)
+
+        return call
+
+
+@dataclass
+class Cost:
+    """What a piece of work cost."""
+
+    round_trips: int = 0
+    statements: int = 0
+
+
+@dataclass
+class Site:
+    """One worker over real nodes and an SQLite file."""
+
+    servers: Sequence[Memcached]
+    store: Store
+    sql: SwitchedSql
+    clock: TestClock
+    observer: Observer
+    keyring: Keyring = KEYRING
+    timing: Timing = field(default_factory=timing)
+    statements: Statements = field(default_factory=Statements)
+
+    def access(self, name: str) -> Access:
+        """One session on this site's usual terms."""
+        deadline = self.clock.monotonic() + 30
+        return Access(session_key(name), self.keyring, self.timing, deadline)
+
+    def server(self, home: str) -> Memcached:
+        """The server behind a node's name."""
+        return self.servers[int(home.removeprefix("node"))]
+
+    def homes(self, name: str) -> list[Memcached]:
+        """The servers that are a session's homes, best first."""
+        names = self.store.homes.names(self.access(name))
+        return [self.server(home) for home in names]
+
+    def copies(self, name: str) -> list[Any]:
+        """What each home holds: a record, a tombstone, a verdict on bytes, None."""
+        found = []
+        for server in self.homes(name):
+            data = server.raw_get(PREFIX + session_key(name))
+            key = session_key(name)
+            found.append(None if data is None else self.keyring.unseal(key, data))
+        return found
+
+    def row(self, name: str) -> Row | None:
+        """What SQL holds."""
+        return self.sql.table.read(session_key(name), self.clock.monotonic() + 30)
+
+    def row_content(self, name: str) -> dict[str, bytes] | None:
+        """The session's content as SQL holds it; None without a live row."""
+        found = self.row(name)
+        if found is None or found.record is None:
+            return None
+        opened = self.keyring.unseal(session_key(name), found.record)
+        assert isinstance(opened, Record)
+        return opened.payload()
+
+    def live(self, name: str, **how: Any) -> Live:
+        """Load a session that has to be alive."""
+        loaded = self.store.load(self.access(name), **how)
+        assert isinstance(loaded, Live), loaded
+        return loaded
+
+    def create(self, name: str, *, required: bool = True, **values: object) -> Live:
+        """Store a session under a new id."""
+        return self.store.create(
+            self.access(name), encoded(**values), required=required
+        )
+
+    def change(self, name: str, **values: object) -> Any:
+        """Load a session and save changes to it, as one request does."""
+        return self.store.save(self.access(name), self.live(name), encoded(**values))
+
+    @contextmanager
+    def cost(self) -> Iterator[Cost]:
+        """What the block costs in round trips and statements."""
+        cost = Cost()
+        trips = self.observer.stats["round_trips"]
+        statements = len(self.statements.texts)
+        yield cost
+        cost.round_trips = self.observer.stats["round_trips"] - trips
+        cost.statements = len(self.statements.texts) - statements
+
+
+def encoded(**values: object) -> dict[str, bytes | None]:
+    """Changes as the store takes them; None deletes."""
+    return {k: None if v is None else encode_value(k, v) for k, v in values.items()}
+
+
+def make_site(servers: Sequence[Memcached], path: Path, **changes: Any) -> Site:
+    """A worker over these servers; ``changes`` are fields of ``Site``."""
+    clock = changes.pop("clock", None) or TestClock()
+    node_timeout = changes.pop("node_timeout", 2.0)
+    observer = Observer(None)
+    dice = random.Random(7)
+    nodes: dict[str, NodeLike] = {
+        f"node{index}": Node(
+            f"node{index}", f"inet:{server.host}:{server.port}", clock.monotonic
+        )
+        for index, server in enumerate(servers)
+    }
+    common: dict[str, Any] = {"clock": clock, "random": dice, "observer": observer}
+    cluster = make_cluster(nodes, node_timeout=node_timeout, **common)
+    ring = Ring([RingNode(name) for name in nodes], 2)
+    homes = Homes(ring, cluster)
+    sql = SwitchedSql(sqlite_table(path / "sessions.sqlite"))
+    durable = Durable(
+        sql,
+        breaker=patient_breaker(),
+        concurrency=None,
+        sql_timeout=5.0,
+        user_key="_user_id",
+        **common,
+    )
+    store = Store(homes=homes, durable=durable, max_bytes=100_000, **common)
+    site = Site(servers, store, sql, clock, observer, **changes)
+    sql.table.newest_sync(clock.monotonic() + 30)
+    site.statements.watch(sql.table.engine)
+    return site
+
+
+def run_together(*jobs: Any) -> list[Any]:
+    """Run callables in threads at once; what each returned, or its exception."""
+    results: list[Any] = [None] * len(jobs)
+    start = threading.Barrier(len(jobs))
+
+    def run(index: int) -> None:
+        start.wait(10)
+        try:
+            results[index] = jobs[index]()
+        except Exception as error:  # noqa: BLE001 - handed to the caller
+            results[index] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results

@@ -1,0 +1,17 @@
+"""A seeded simulator that tries to break the replication protocol.
+
+The package's own store, loader, homes, cluster, breakers and durable rows run as
+they are, one set per simulated worker process; nodes, SQL, time and chance are
+fakes. Requests are greenlets, and every exchange with a node or with SQL is a point
+where another one may go on, so that a seed is one interleaving with its faults, and
+replays exactly.
+
+* ``world``: who runs next, what time it is, what is still on its way.
+* ``fakes``: memcached nodes and SQL that fail on demand.
+* ``history``: what was asked and acknowledged, and what may therefore never be seen.
+* ``plan``: what one seed does: requests and faults, as data that can be shrunk.
+* ``scenario``: one plan carried out.
+* ``mutations``: the protocol's rules, switched off one at a time.
+
+From the command line: ``python -m tests.simulator --help``.
+"""

@@ -1,0 +1,589 @@
+"""Memcached nodes and SQL that do what the real ones do, and fail on demand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from flask_resilient_session.errors import SqlUnavailable
+from flask_resilient_session.node import NodeFault
+from flask_resilient_session.sql import Row
+from flask_resilient_session.wire import (
+    Absent,
+    Ack,
+    Add,
+    Cas,
+    Delete,
+    Get,
+    Parsed,
+    Request,
+    Set,
+    Value,
+)
+
+from .world import World
+
+_Result = TypeVar("_Result")
+
+#: Seconds that a statement waits for a database that does not answer.
+SQL_TIMEOUT = 0.5
+
+
+class Item(NamedTuple):
+    """One item of a node."""
+
+    data: bytes
+    cas: int
+    expires_ms: int
+
+
+class Server:
+    """One memcached process, as all workers meet it.
+
+    :ivar up: it accepts connections.
+    :ivar hung: it accepts, and answers nobody.
+    :ivar cut: workers whose packets do not arrive.
+    :ivar lossy: chance that an exchange goes wrong in some way.
+    :ivar full: it refuses writes.
+    """
+
+    def __init__(self, name: str, world: World) -> None:
+        self.name = name
+        self.world = world
+        self.items: dict[str, Item] = {}
+        self.generation = 0
+        self.up = True
+        self.hung = False
+        self.cut: set[int] = set()
+        self.lossy = 0.0
+        self.full = False
+        self._next_cas = 1
+        self._snapshot: dict[str, Item] = {}
+
+    # --- faults ------------------------------------------------------------------
+
+    def crash(self) -> None:
+        """Down, its memory and its connections lost."""
+        self.up = False
+        self.items.clear()
+        self._next_cas = 1
+        self.generation += 1
+
+    def restart(self) -> None:
+        """Crash, and up again at once."""
+        self.crash()
+        self.up = True
+
+    def snapshot(self) -> None:
+        """Remember what it holds."""
+        self._snapshot = dict(self.items)
+
+    def zombie(self) -> None:
+        """Restart with what was remembered."""
+        self.restart()
+        for key, item in self._snapshot.items():
+            self._next_cas += 1
+            self.items[key] = item._replace(cas=self._next_cas)
+
+    def evict(self, key: str) -> None:
+        """Lose one item."""
+        self.items.pop(key, None)
+
+    def corrupt(self, key: str) -> None:
+        """Spoil one item's bytes."""
+        item = self.items.get(key)
+        if item is not None:
+            self._store(key, b"frs\x01" + item.data[:-9], item.expires_ms)
+
+    def heal(self) -> None:
+        """No fault from now on; what it holds stays."""
+        self.up = True
+        self.hung = False
+        self.cut.clear()
+        self.lossy = 0.0
+        self.full = False
+
+    def state(self) -> str:
+        """Its faults in words."""
+        words = [
+            "" if self.up else "down",
+            "hung" if self.hung else "",
+            f"cut off from {sorted(self.cut)}" if self.cut else "",
+            "lossy" if self.lossy else "",
+            "full" if self.full else "",
+        ]
+        return " ".join(word for word in words if word) or "ok"
+
+    # --- memcached ---------------------------------------------------------------
+
+    def find(self, key: str) -> Item | None:
+        """The item, unless its time is over."""
+        item = self.items.get(key)
+        if item is not None and item.expires_ms <= self.world.wall_ms:
+            del self.items[key]
+            return None
+        return item
+
+    def apply(self, request: Request) -> Parsed:
+        """What memcached does and answers."""
+        if isinstance(request, Get):
+            item = self.find(request.key)
+            return Absent() if item is None else Value(item.data, 0, item.cas)
+        if isinstance(request, Delete):
+            self.items.pop(request.key, None)
+            return Ack.STORED
+        assert isinstance(request, (Add, Cas, Set))
+        item = self.find(request.key)
+        if isinstance(request, Add) and item is not None:
+            return Ack.CONFLICT
+        if isinstance(request, Cas) and (item is None or item.cas != request.cas):
+            return Ack.CONFLICT
+        if self.full:
+            if isinstance(request, Set):
+                self.items.pop(request.key, None)
+            return Ack.REFUSED
+        expires_ms = self.world.wall_ms + request.exptime * 1000
+        self._store(request.key, request.data, expires_ms)
+        return Ack.STORED
+
+    def _store(self, key: str, data: bytes, expires_ms: int) -> None:
+        self._next_cas += 1
+        self.items[key] = Item(data, self._next_cas, expires_ms)
+
+
+class Exchange:
+    """One request to a server and its reply."""
+
+    def __init__(self, node: FakeNode, request: Request, deadline: float) -> None:
+        self.node = node
+        self.request = request
+        self.deadline = deadline
+        self.read_at = 0
+        self.reused = False
+        self.generation = -1
+        self.opened_at = 0
+        self._done = False
+        self._fault: NodeFault | None = None
+        self._reply: Parsed | None = None
+
+    def process(self) -> None:
+        """What the server does, or what goes wrong on the way."""
+        self._done = True
+        server, world = self.node.server, self.node.world
+        if self.generation < 0:
+            self._reply = Ack.CONFLICT
+            return
+        if not server.up:
+            self._fail("connection refused", refused=True)
+        elif server.hung or self.node.worker in server.cut:
+            self._time_out()
+        elif self.generation != server.generation and not self._again():
+            return
+        elif server.lossy and world.rng.random() < server.lossy:
+            self._go_wrong()
+        else:
+            self._reply = server.apply(self.request)
+
+    def _again(self) -> bool:
+        """The connection was closed by a restart: one reconnect, where allowed."""
+        if not self.reused:
+            self._fail("closed without an answer", refused=True)
+            return False
+        if not self.request.repeatable:
+            self._reply = Ack.CONFLICT
+            self.generation = -1
+            return False
+        self.node.reconnect(self)
+        return True
+
+    def _go_wrong(self) -> None:
+        server, request, world = self.node.server, self.request, self.node.world
+        kind = world.rng.randrange(6)
+        if kind == 1 or (kind == 3 and world.rng.random() < 0.5):
+            server.apply(request)
+        if kind in (2, 5) and not isinstance(request, Get):
+            world.later(
+                f"{server.name} {self.node.what(request)}",
+                lambda: None if not server.up else _ignore(server.apply(request)),
+            )
+        if kind == 3:
+            self._fail("not memcached's grammar", refused=False)
+        elif kind == 4:
+            self._fail("connection reset", refused=True)
+        else:
+            self._time_out()
+
+    def _time_out(self) -> None:
+        world = self.node.world
+        world.spend(max(self.deadline - world.mono, 0.001))
+        self._fail("no answer in time", refused=False)
+
+    def _fail(self, reason: str, *, refused: bool) -> None:
+        self._fault = NodeFault(reason, refused=refused)
+        self.generation = -1
+
+    def receive(self) -> Parsed:
+        """The reply, or the fault."""
+        world = self.node.world
+        world.pause()
+        if not self._done:
+            self.process()
+            if world.rng.random() < 0.3:
+                world.pause()
+        self.node.report(self.request, self._fault or self._reply)
+        if self._fault is not None:
+            raise self._fault
+        self.node.give(self)
+        assert self._reply is not None
+        return self._reply
+
+    def release_unanswered(self) -> None:
+        """Nothing will come."""
+        self.node.give(self)
+
+    def abandon(self) -> None:
+        """Close the connection."""
+        self.generation = -1
+
+
+def _ignore(_: object) -> None:
+    return None
+
+
+class FakeNode:
+    """One server as one worker reaches it: a pool of connections and their ages."""
+
+    def __init__(self, server: Server, worker: int) -> None:
+        self.server = server
+        self.world = server.world
+        self.worker = worker
+        self._ticks = 0
+        self._idle: list[tuple[int, int]] = []
+
+    def has_idle(self) -> bool:
+        """Whether sending needs no connecting first."""
+        return bool(self._idle)
+
+    def send(
+        self, request: Request, deadline: float, *, one_way: bool = False
+    ) -> Exchange:
+        """Send a request."""
+        world = self.world
+        world.pause()
+        exchange = Exchange(self, request, deadline)
+        self._take(exchange)
+        if one_way:
+            self._send_one_way(exchange)
+        elif world.rng.random() < 0.5:
+            exchange.process()
+        return exchange
+
+    def _send_one_way(self, exchange: Exchange) -> None:
+        server, request = self.server, exchange.request
+        lost = (
+            not server.up
+            or server.hung
+            or self.worker in server.cut
+            or exchange.generation != server.generation
+            or (server.lossy and self.world.rng.random() < server.lossy)
+        )
+        self.report(request, "one way" + (", lost" if lost else ""))
+        if lost:
+            exchange.abandon()
+        else:
+            generation = server.generation
+
+            def land() -> None:
+                if server.up and server.generation == generation:
+                    server.apply(request)
+
+            self.world.later(f"{server.name} {self.what(request)}", land)
+
+    # --- connections -------------------------------------------------------------
+
+    def _take(self, exchange: Exchange) -> None:
+        request = exchange.request
+        before = request.read_at if isinstance(request, Cas) else None
+        for index in range(len(self._idle) - 1, -1, -1):
+            opened_at, generation = self._idle[index]
+            if before is None or opened_at < before:
+                del self._idle[index]
+                exchange.opened_at, exchange.generation = opened_at, generation
+                exchange.reused = True
+                break
+        else:
+            if before is None:
+                self.reconnect(exchange)
+                exchange.reused = False
+        self._ticks += 1
+        exchange.read_at = self._ticks
+
+    def reconnect(self, exchange: Exchange) -> None:
+        """A new connection."""
+        if exchange.reused:
+            self._idle.clear()
+        self._ticks += 1
+        exchange.opened_at = self._ticks
+        exchange.generation = self.server.generation
+        self._ticks += 1
+        exchange.read_at = self._ticks
+
+    def give(self, exchange: Exchange) -> None:
+        """Back into the pool."""
+        if exchange.generation >= 0:
+            self._idle.append((exchange.opened_at, exchange.generation))
+            exchange.generation = -1
+
+    # --- words -------------------------------------------------------------------
+
+    def what(self, request: Request) -> str:
+        """A request in words."""
+        return f"{type(request).__name__.lower()} {request.key[:6]}"  # type: ignore[attr-defined]
+
+    def report(self, request: Request, result: object) -> None:
+        """Tell the trace."""
+        if self.world.trace is not None:
+            if isinstance(result, Value):
+                result = f"cas {result.cas}"
+            self.world.log(
+                "      w{} {} {} -> {}",
+                self.worker,
+                self.server.name,
+                self.what(request),
+                getattr(result, "value", None) or result,
+            )
+
+
+class Database:
+    """The table, as all workers meet it.
+
+    :ivar down: it answers nobody.
+    :ivar lossy: chance that a statement goes wrong in some way.
+    :ivar on_live: told of each live row that appears.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.rows: dict[str, Row] = {}
+        self.down = False
+        self.lossy = 0.0
+        self.on_live: Callable[[str], None] = lambda key: None
+
+    def heal(self) -> None:
+        """No fault from now on."""
+        self.down = False
+        self.lossy = 0.0
+
+    def state(self) -> str:
+        """Its faults in words."""
+        return "down" if self.down else "lossy" if self.lossy else "ok"
+
+    # --- statements --------------------------------------------------------------
+
+    def insert(self, row: Row) -> bool:
+        """INSERT ... ON CONFLICT DO NOTHING."""
+        if row.session_key in self.rows:
+            return False
+        self.rows[row.session_key] = row
+        if row.revoked_at is None:
+            self.on_live(row.session_key)
+        return True
+
+    def replace(self, row: Row, seen_version: int) -> bool:
+        """UPDATE of a live row of this version."""
+        found = self.rows.get(row.session_key)
+        if found is None or found.version != seen_version:
+            return False
+        if found.revoked_at is not None:
+            return False
+        self.rows[row.session_key] = dataclasses.replace(
+            row, created_at=found.created_at
+        )
+        return True
+
+    def kill(self, tombstone: Row) -> bool:
+        """UPDATE of a live row of any version into a tombstone."""
+        found = self.rows.get(tombstone.session_key)
+        if found is None or found.revoked_at is not None:
+            return False
+        self.rows[tombstone.session_key] = dataclasses.replace(
+            tombstone, created_at=found.created_at, version=found.version + 1
+        )
+        return True
+
+    def move(self, tombstone: Row, new: Row, seen_version: int | None) -> bool:
+        """Both or neither."""
+        before = self.rows.get(tombstone.session_key)
+        if seen_version is None:
+            buried = self.insert(tombstone)
+        else:
+            buried = self.replace(tombstone, seen_version)
+        if not buried:
+            return False
+        if self.insert(new):
+            return True
+        if before is None:
+            del self.rows[tombstone.session_key]
+        else:
+            self.rows[tombstone.session_key] = before
+        return False
+
+    def delete(self, row: Row) -> bool:
+        """DELETE of the row as it was read."""
+        found = self.rows.get(row.session_key)
+        if found is None or found.version != row.version:
+            return False
+        del self.rows[row.session_key]
+        return True
+
+
+class FakeSql:
+    """The statements of ``sql.SqlTable`` for one worker."""
+
+    def __init__(self, database: Database, worker: int) -> None:
+        self._database = database
+        self._world = database.world
+        self._worker = worker
+
+    def read(self, session_key: str, deadline: float) -> Row | None:
+        """The row."""
+        database = self._database
+        return self._call(
+            "read", session_key, deadline, lambda: database.rows.get(session_key)
+        )
+
+    def insert(self, row: Row, deadline: float) -> bool:
+        """Insert unless one stands there."""
+        database = self._database
+        return self._call(
+            "insert", row.session_key, deadline, lambda: database.insert(row)
+        )
+
+    def update(self, row: Row, seen_version: int, deadline: float) -> bool:
+        """Replace a live row of this version."""
+        database = self._database
+        return self._call(
+            f"update v{seen_version}",
+            row.session_key,
+            deadline,
+            lambda: database.replace(row, seen_version),
+        )
+
+    def bury(self, tombstone: Row, deadline: float, *, has_row: bool) -> bool:
+        """Put a tombstone: up to three statements that commit by themselves."""
+        database, key = self._database, tombstone.session_key
+
+        def kill() -> bool:
+            return self._call("bury", key, deadline, lambda: database.kill(tombstone))
+
+        if has_row and kill():
+            return True
+        inserted = self._call(
+            "insert dead", key, deadline, lambda: database.insert(tombstone)
+        )
+        return inserted or kill()
+
+    def move(
+        self, tombstone: Row, new: Row, deadline: float, *, seen_version: int | None
+    ) -> bool:
+        """Bury one row and insert another."""
+        database = self._database
+        return self._call(
+            f"move v{seen_version} to {new.session_key[:6]}",
+            tombstone.session_key,
+            deadline,
+            lambda: database.move(tombstone, new, seen_version),
+        )
+
+    # --- for the reaper ----------------------------------------------------------
+
+    def page_expired(
+        self, before_ms: int, after: tuple[int, str], limit: int, deadline: float
+    ) -> list[Row]:
+        """Rows whose time was over before then."""
+
+        def rows() -> list[Row]:
+            found = [
+                row
+                for row in self._database.rows.values()
+                if row.expires_at < before_ms
+                and (row.expires_at, row.session_key) > after
+            ]
+            found.sort(key=lambda row: (row.expires_at, row.session_key))
+            return found[:limit]
+
+        return self._call("page", "", deadline, rows)
+
+    def page_unsynced(
+        self, before_ms: int, after: tuple[int, str], limit: int, deadline: float
+    ) -> list[Row]:
+        """Live rows that were last synced before then."""
+
+        def rows() -> list[Row]:
+            found = [
+                row
+                for row in self._database.rows.values()
+                if row.synced_at < before_ms
+                and (row.synced_at, row.session_key) > after
+                and row.revoked_at is None
+            ]
+            found.sort(key=lambda row: (row.synced_at, row.session_key))
+            return found[:limit]
+
+        return self._call("page unsynced", "", deadline, rows)
+
+    def delete(self, row: Row, deadline: float) -> bool:
+        """Delete a row if it is exactly as it was read."""
+        database = self._database
+        return self._call(
+            "delete", row.session_key, deadline, lambda: database.delete(row)
+        )
+
+    def count_expired(self, before_ms: int, deadline: float) -> int:
+        """How many rows' time was over before then."""
+        rows = self._database.rows.values()
+        return self._call(
+            "count", "", deadline, lambda: sum(r.expires_at < before_ms for r in rows)
+        )
+
+    def newest_sync(self, deadline: float) -> int:
+        """The largest ``synced_at``."""
+        rows = self._database.rows.values()
+        return self._call(
+            "newest", "", deadline, lambda: max((r.synced_at for r in rows), default=0)
+        )
+
+    def _call(
+        self, what: str, key: str, deadline: float, apply: Callable[[], _Result]
+    ) -> _Result:
+        world, database = self._world, self._database
+        world.pause()
+        fault = ""
+        if world.mono >= deadline:
+            fault = "no time left"
+        elif database.down:
+            world.spend(SQL_TIMEOUT)
+            fault = "down"
+        elif database.lossy and world.rng.random() < database.lossy:
+            fault = self._go_wrong(what, key, apply)
+        if fault:
+            world.log("      w{} sql {} {} -> {}", self._worker, what, key[:6], fault)
+            raise SqlUnavailable(fault)
+        result = apply()
+        if world.trace is not None:
+            shown = f"v{result.version}" if isinstance(result, Row) else result
+            world.log("      w{} sql {} {} -> {}", self._worker, what, key[:6], shown)
+        world.pause()
+        return result
+
+    def _go_wrong(self, what: str, key: str, apply: Callable[[], object]) -> str:
+        kind = self._world.rng.randrange(3)
+        if kind == 0:
+            return "lost"
+        if kind == 1:
+            apply()
+            return "applied, unanswered"
+        if not what.startswith(("read", "page", "delete")):
+            self._world.later(f"sql {what} {key[:6]}", lambda: _ignore(apply()))
+        return "late"

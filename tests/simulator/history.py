@@ -1,0 +1,301 @@
+"""What was asked and acknowledged, and what may therefore never be seen.
+
+Steps are the scheduler's: one thing is before another only if its last step comes
+before the other's first. Everything here is about what requests were told; nothing
+looks into the protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from flask_resilient_session.config import Timing
+from flask_resilient_session.replication import Gone, Live
+
+from .world import World
+
+#: A step after every other: a write that was never acknowledged may still land.
+NEVER = 1 << 60
+
+#: Milliseconds that one request may take.
+IN_FLIGHT_MS = 60_000
+
+
+class Violation(AssertionError):
+    """A guarantee was broken.
+
+    :ivar rule: which one.
+    """
+
+    def __init__(self, rule: str, text: str) -> None:
+        super().__init__(f"{rule}: {text}")
+        self.rule = rule
+
+
+@dataclass(slots=True, eq=False)
+class Write:
+    """One request's change of one key; ``end`` is when it was acknowledged."""
+
+    key: str
+    value: bytes | None
+    start: int
+    end: int = NEVER
+    end_ms: int = 0
+    durable: bool = False
+
+    def __str__(self) -> str:
+        value = "deleted" if self.value is None else self.value.decode()
+        end = "never" if self.end == NEVER else self.end
+        return f"{self.key}={value} [{self.start}..{end}]"
+
+
+@dataclass(slots=True)
+class _Seen:
+    """One read of one key."""
+
+    start: int
+    end: int
+    write: Write
+
+
+@dataclass(slots=True)
+class _Register:
+    """One key's writes and reads; the first write is its absence at the start."""
+
+    writes: list[Write]
+    seen: list[_Seen] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Line:
+    """The data of a session through all its ids."""
+
+    registers: dict[str, _Register] = field(default_factory=dict)
+    #: True times at which acknowledged requests began.
+    uses: list[int] = field(default_factory=list)
+
+    def register(self, key: str) -> _Register:
+        """The key's register."""
+        found = self.registers.get(key)
+        if found is None:
+            found = self.registers[key] = _Register([Write(key, None, -1, -1)])
+        return found
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One session id.
+
+    :ivar born: step at which its creation was acknowledged.
+    :ivar end_asked: first step of the first request that ends or moves it.
+    :ivar ended: step at which an end or move was acknowledged.
+    :ivar seen_gone: step at which a request was told that it had been ended.
+    :ivar weak: its creation may have been lost with the memory of all nodes.
+    :ivar used_ms: true time at which its last acknowledged request began.
+    :ivar touched_ms: true time at which the last request for it was under way.
+    """
+
+    key: str
+    line: Line
+    born: int
+    born_ms: int
+    used_ms: int
+    touched_ms: int
+    durable: bool
+    end_asked: int = NEVER
+    ended: int = NEVER
+    seen_gone: int = NEVER
+    weak: bool = False
+
+    @property
+    def name(self) -> str:
+        """What the trace calls it."""
+        return self.key[:6]
+
+
+class History:
+    """Everything that was acknowledged, checked at every read.
+
+    :param skew_ms: how far two clocks may differ.
+    """
+
+    def __init__(self, world: World, timing: Timing, skew_ms: int) -> None:
+        self.world = world
+        self.timing = timing
+        self.skew_ms = skew_ms
+        self.sessions: list[Session] = []
+        self._by_key: dict[str, Session] = {}
+        self._had_row: set[str] = set()
+        self._lost_ms = -1
+        self._lost_step = -1
+
+    # --- writes ------------------------------------------------------------------
+
+    def write(
+        self, line: Line, changes: Mapping[str, bytes | None], start: int
+    ) -> list[Write]:
+        """A request is about to change these keys."""
+        writes = [Write(key, value, start) for key, value in changes.items()]
+        for write in writes:
+            line.register(write.key).writes.append(write)
+        return writes
+
+    def acknowledge(self, writes: Iterable[Write], *, durable: bool) -> None:
+        """The request was told that they are kept."""
+        for write in writes:
+            if write.start <= self._lost_step and not durable:
+                # It was under way when all memory was lost.
+                continue
+            write.end = self.world.step
+            write.end_ms = self.world.wall_ms
+            write.durable = durable or self.timing.sync_ms == 0
+
+    def born(
+        self, key: str, line: Line, *, start: int, start_ms: int, durable: bool
+    ) -> Session:
+        """The creation of an id was acknowledged."""
+        world = self.world
+        session = Session(
+            key,
+            line,
+            world.step,
+            start_ms,
+            start_ms,
+            world.wall_ms,
+            durable,
+        )
+        session.weak = not durable and start <= self._lost_step
+        self.sessions.append(session)
+        self._by_key[key] = session
+        return session
+
+    def used(self, session: Session, start_ms: int) -> None:
+        """A request that used the session was acknowledged."""
+        session.used_ms = max(session.used_ms, start_ms)
+        session.touched_ms = self.world.wall_ms
+        session.line.uses.append(start_ms)
+
+    def memory_lost(self) -> None:
+        """All nodes are empty: what SQL need not have is not promised any more."""
+        world, wait_ms = self.world, self.timing.sync_ms + IN_FLIGHT_MS
+        self._lost_step, self._lost_ms = world.step, world.wall_ms
+        for session in self.sessions:
+            line = session.line
+            if not session.durable and not any(
+                use > session.born_ms + 1 for use in line.uses
+            ):
+                session.weak = True
+            last = max(line.uses, default=0)
+            for register in line.registers.values():
+                for write in register.writes:
+                    if write.end == NEVER or write.start < 0 or write.durable:
+                        continue
+                    if last >= write.end_ms + wait_ms:
+                        write.durable = True
+                    else:
+                        write.end = NEVER
+
+    # --- reads -------------------------------------------------------------------
+
+    def check_live(self, session: Session, live: Live, start: int) -> None:
+        """A read that began at ``start`` found the session."""
+        name = session.name
+        if session.ended < start:
+            raise Violation(
+                "G4", f"{name} was ended at {session.ended} and read at {start}"
+            )
+        if session.seen_gone < start:
+            raise Violation(
+                "G4",
+                f"{name} was gone at {session.seen_gone} and came back at {start}",
+            )
+        payload = live.record.payload()
+        for key, register in session.line.registers.items():
+            self._check_key(session, register, payload.get(key), start)
+        unknown = payload.keys() - session.line.registers.keys()
+        if unknown:
+            raise Violation("G6", f"{name} holds {sorted(unknown)}, which nobody wrote")
+
+    def _check_key(
+        self, session: Session, register: _Register, value: bytes | None, start: int
+    ) -> None:
+        # Absence may be any deletion: the latest one is the one that is meant.
+        found = [write for write in register.writes if write.value == value]
+        if not found:
+            raise Violation("G9", f"{session.name}: nobody wrote {value!r}")
+        seen = found[-1] if value is not None else None
+        errors = []
+        for write in [seen] if seen else found:
+            error = self._objection(session, register, write, start)
+            if error is None:
+                if len(found) == 1:
+                    register.seen.append(_Seen(start, self.world.step, write))
+                return
+            errors.append(error)
+        raise errors[-1]
+
+    def _objection(
+        self, session: Session, register: _Register, write: Write, start: int
+    ) -> Violation | None:
+        for other in register.writes:
+            if other.end < start and write.end < other.start:
+                return Violation(
+                    "G1",
+                    f"{session.name}: a read at {start} saw {write}, but {other}"
+                    " was acknowledged after it and before the read",
+                )
+        for seen in register.seen:
+            if (
+                seen.write is not write
+                and seen.end < start
+                and write.end < seen.start
+                and seen.write.end < start
+            ):
+                return Violation(
+                    "G8",
+                    f"{session.name}: a read at {start} saw {write}, a read at"
+                    f" {seen.start} had seen {seen.write}, both acknowledged",
+                )
+        return None
+
+    def check_gone(self, session: Session, gone: Gone, start: int) -> None:
+        """A read that began at ``start`` was told that there is no session."""
+        if gone.reason in ("ended", "moved"):
+            if session.end_asked == NEVER:
+                raise Violation("G1", f"{session.name} is {gone.reason}: by nobody")
+            session.seen_gone = min(session.seen_gone, self.world.step)
+        if session.end_asked != NEVER or session.weak or self.may_be_over(session):
+            return
+        raise Violation(
+            "G1",
+            f"{session.name} is gone ({gone.reason}) at {start}, and nobody ended it",
+        )
+
+    # --- time --------------------------------------------------------------------
+
+    def may_be_over(self, session: Session) -> bool:
+        """Whether its time may be over by somebody's clock."""
+        timing, now_ms = self.timing, self.world.wall_ms
+        late_ms = timing.refresh_ms + timing.sync_ms + 2 * self.skew_ms + IN_FLIGHT_MS
+        over = now_ms >= session.used_ms + timing.lifetime_ms - late_ms
+        if timing.absolute_ms is not None:
+            over = over or now_ms >= session.born_ms + timing.absolute_ms - late_ms
+        return over
+
+    def check_time(self, session: Session, started_ms: int) -> None:
+        """A read that began at this time found the session: was it still alive?"""
+        until_ms = session.touched_ms + self.timing.lifetime_ms
+        if started_ms > until_ms + 2 * self.skew_ms + IN_FLIGHT_MS:
+            raise Violation("G16", f"{session.name} was served after its idle lifetime")
+
+    def row_appears(self, key: str) -> None:
+        """A live row was inserted."""
+        session = self._by_key.get(key)
+        if session is not None and session.ended < NEVER:
+            raise Violation(
+                "G5", f"a row appears for {session.name}, ended at {session.ended}"
+            )
+        if key in self._had_row:
+            raise Violation("G5", f"a second row appears for {key[:6]}")
+        self._had_row.add(key)

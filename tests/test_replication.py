@@ -1,0 +1,449 @@
+"""Every combination of answers, judged by the rules as a reader would state them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from builders import (
+    DAY,
+    FIRST_HOME,
+    HOUR,
+    NOW,
+    PAIR,
+    SECOND,
+    SECOND_HOME,
+    record,
+    timing,
+)
+from flask_resilient_session.record import (
+    Corrupt,
+    Entry,
+    Hit,
+    Miss,
+    Record,
+    Reply,
+    Token,
+    Tombstone,
+    Unreachable,
+    join_records,
+)
+from flask_resilient_session.replication import (
+    Bury,
+    Gone,
+    InsertFirst,
+    Keep,
+    Live,
+    Outcome,
+    Reap,
+    Renew,
+    RowAnswer,
+    RowCorrupt,
+    RowDead,
+    RowLive,
+    RowMissing,
+    SqlNeed,
+    SqlSilent,
+    Standing,
+    Unknown,
+    confirmed,
+    expires_ms,
+    exptime_seconds,
+    judge_acks,
+    judge_copies,
+    judge_row,
+    may_reap,
+    refresh_due,
+    row_expires_ms,
+    sql_need,
+    to_remove,
+    tombstone_expires_ms,
+)
+from flask_resilient_session.wire import Ack
+
+TIMING = timing()
+DEAD = Tombstone("ended", NOW - HOUR)
+SAME = record({"name": Entry(NOW, 1, b"same")})
+OTHER = record({"name": Entry(NOW + 1, 1, b"other")})
+
+COPIES: dict[str, Record | Tombstone] = {
+    "same": SAME,
+    "other": OTHER,
+    "elsewhere": replace(SAME, homes=(FIRST_HOME, "stranger")),
+    "unverified": replace(SAME, unverified=True),
+    "never": replace(SAME, never_synced=True, row_version=0, synced_ms=0),
+    "expired": replace(SAME, last_use_ms=NOW - DAY),
+    "dead": DEAD,
+}
+ANSWERS = (*COPIES, "miss", "unreachable", "corrupt")
+ROWS: dict[str, RowAnswer] = {
+    "live": RowLive(SAME),
+    "ahead": RowLive(record({"name": Entry(NOW + 9, 1, b"from sql")}, row_version=2)),
+    "dead": RowDead(replace(DEAD, reason="moved")),
+    "missing": RowMissing(),
+    "corrupt": RowCorrupt(version=8),
+    "silent": SqlSilent("down"),
+}
+TOKENS = {FIRST_HOME: Token(11, 1), SECOND_HOME: Token(22, 2)}
+
+
+def reply(answer: str, home: str) -> Reply:
+    """What a home of this name answers."""
+    if answer == "miss":
+        return Miss()
+    if answer == "unreachable":
+        return Unreachable("down")
+    if answer == "corrupt":
+        return Corrupt(TOKENS[home])
+    return Hit(COPIES[answer], TOKENS[home])
+
+
+def replies(*answers: str) -> dict[str, Reply]:
+    """What the homes answer, the first home first."""
+    return {
+        home: reply(answer, home) for home, answer in zip(PAIR, answers, strict=False)
+    }
+
+
+def live_copies(*answers: str) -> list[Record]:
+    """The live copies among these answers."""
+    copies = [COPIES[answer] for answer in answers if answer in COPIES]
+    return [copy for copy in copies if isinstance(copy, Record)]
+
+
+def joined(*copies: Record) -> Record:
+    """The join of some copies."""
+    whole = copies[0]
+    for copy in copies[1:]:
+        whole = join_records(whole, copy)
+    return whole
+
+
+def places(*answers: str) -> dict[str, Token | None]:
+    """Where can be written: everywhere but at an unreachable home."""
+    return {
+        home: None if answer == "miss" else TOKENS[home]
+        for home, answer in zip(PAIR, answers, strict=False)
+        if answer != "unreachable"
+    }
+
+
+def without_tombstone(*answers: str) -> tuple[str, ...]:
+    """The homes that a tombstone has to be copied to."""
+    return tuple(
+        home
+        for home, answer in zip(PAIR, answers, strict=False)
+        if answer not in ("dead", "unreachable")
+    )
+
+
+BOTH = list(itertools.product(ANSWERS, repeat=2))
+ACK_PAIRS = list(itertools.product(Ack, repeat=2))
+
+
+# --- reading ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("first", "second"), BOTH)
+def test_what_the_homes_settle(first: str, second: str) -> None:
+    """A tombstone always does; two copies only if nothing speaks against them."""
+    verdict = judge_copies(replies(first, second), TIMING, NOW)
+    agree = (
+        {"same"},
+        {"other"},
+        {"never"},
+        # Times may differ, and the later use counts.
+        {"same", "never"},
+        {"same", "expired"},
+        {"never", "expired"},
+    )
+    if "dead" in (first, second):
+        spread = without_tombstone(first, second)
+        assert verdict == Gone("ended", DEAD.ended_ms, DEAD, spread)
+    elif {first, second} in agree:
+        record_ = joined(*live_copies(first, second))
+        places_ = places(first, second)
+        assert verdict == Live(record_, Standing.AGREED, places_, ())
+    else:
+        assert verdict is None
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("first", "second"), BOTH)
+def test_what_sql_settles(first: str, second: str, row: str) -> None:
+    """Every combination that the homes did not settle, whatever the row."""
+    if "dead" in (first, second):
+        return  # settled by the homes, never asked
+    verdict = judge_row(replies(first, second), ROWS[row], TIMING, NOW)
+    copies = live_copies(first, second)
+    if row == "dead":
+        dead = ROWS["dead"].tombstone  # type: ignore[union-attr]
+        spread = without_tombstone(first, second)
+        assert verdict == Gone("moved", dead.ended_ms, dead, spread)
+    elif row == "silent":
+        if not copies or {first, second} <= {"expired", *ANSWERS[-3:]}:
+            assert verdict == Unknown()
+        else:
+            record_ = replace(joined(*copies), unverified=True)
+            assert verdict == Live(record_, Standing.UNVERIFIED, places(first, second))
+    elif row == "missing":
+        if not copies or any(not copy.never_synced for copy in copies):
+            assert verdict == Gone("missing")
+        else:
+            assert verdict == InsertFirst(joined(*copies))
+    elif row == "corrupt" and not copies:
+        assert verdict == Gone("missing")
+    elif row == "corrupt" and all(copy.last_use_ms <= NOW - DAY for copy in copies):
+        assert verdict == Gone("expired")
+    else:
+        assert isinstance(verdict, Live)
+        check_confirmed(verdict, row, first, second)
+
+
+def check_confirmed(verdict: Live, row: str, first: str, second: str) -> None:
+    """A session that SQL vouches for: its record, places and repairs."""
+    known = live_copies(first, second)
+    if row == "corrupt":
+        expected = replace(joined(*known), row_version=8)
+    else:
+        expected = joined(ROWS[row].record, *known)  # type: ignore[union-attr]
+    expected = replace(expected, unverified=False, never_synced=False)
+    assert verdict.record == expected
+    assert verdict.standing is Standing.CONFIRMED
+    assert verdict.places == places(first, second)
+    # A home is fine only with a verified copy of this very state, of this
+    # configuration, that has heard of the last sync.
+    stamp = expected.entries["name"].counter
+    fine = set()
+    if row == "live":
+        fine = {"other"} if stamp == NOW + 1 else {"same", "expired"}
+    behind = tuple(
+        home
+        for home, answer in zip(PAIR, (first, second), strict=True)
+        if answer != "unreachable" and answer not in fine
+    )
+    assert verdict.repairs == behind
+
+
+@pytest.mark.parametrize("answer", [a for a in ANSWERS if a != "dead"])
+def test_one_home_alone_settles_nothing(answer: str) -> None:
+    """With one node configured SQL is always asked."""
+    assert judge_copies(replies(answer), TIMING, NOW) is None
+    assert judge_copies({}, TIMING, NOW) is None
+
+
+@pytest.mark.parametrize("row", [ROWS["live"], ROWS["ahead"]])
+def test_a_row_past_its_expiry_never_overrules_a_live_copy(row: RowLive) -> None:
+    """The row hears of uses late; a copy that was used since keeps it alive."""
+    old = RowLive(replace(row.record, last_use_ms=NOW - 2 * DAY))
+    verdict = judge_row(replies("same", "miss"), old, TIMING, NOW)
+    assert isinstance(verdict, Live)
+    assert judge_row(replies("miss", "miss"), old, TIMING, NOW) == Gone("expired")
+
+
+def test_no_tombstone_is_written_on_a_clocks_word() -> None:
+    """An expired session is gone for the reader, and for nobody else."""
+    for row in (RowLive(COPIES["expired"]), RowCorrupt(3)):  # type: ignore[arg-type]
+        verdict = judge_row(replies("expired", "expired"), row, TIMING, NOW)
+        assert verdict == Gone("expired", 0, None, ())
+
+
+def test_after_an_insert_every_home_is_told() -> None:
+    """Copies that say never synced have to hear of their row."""
+    inserted = replace(SAME, row_version=1)
+    live = confirmed(inserted, replies("never", "never"))
+    assert live.repairs == PAIR
+
+
+# --- writing ---------------------------------------------------------------------
+
+
+def live(standing: Standing = Standing.AGREED, **fields: int | bool) -> Live:
+    """A loaded session whose record has these fields."""
+    return Live(replace(SAME, **fields), standing)  # type: ignore[arg-type]
+
+
+NONE, DUE, REQUIRED = SqlNeed.NONE, SqlNeed.DUE, SqlNeed.REQUIRED
+FRESH = live()
+STALE = live(synced_ms=NOW - 60 * SECOND)
+NEEDS = [
+    # (live, changed, required, homes, changes of the timing, need)
+    (FRESH, False, False, 2, {}, NONE),
+    (FRESH, True, False, 2, {}, NONE),
+    (FRESH, False, True, 2, {}, REQUIRED),
+    (STALE, False, False, 2, {}, DUE),
+    (STALE, True, False, 2, {}, DUE),
+    (live(synced_ms=NOW - 60 * SECOND + 1), True, False, 2, {}, NONE),
+    (live(never_synced=True), False, False, 2, {}, DUE),
+    (live(Standing.CONFIRMED), True, False, 2, {}, REQUIRED),
+    (live(Standing.CONFIRMED), False, False, 2, {}, NONE),
+    (live(Standing.UNVERIFIED), True, False, 2, {}, NONE),
+    (live(Standing.UNVERIFIED), True, True, 2, {}, REQUIRED),
+    (live(Standing.UNVERIFIED, synced_ms=0), False, False, 2, {}, NONE),
+    (FRESH, True, False, 1, {}, REQUIRED),
+    (FRESH, True, False, 0, {}, REQUIRED),
+    (FRESH, False, False, 1, {}, NONE),
+    (live(last_use_ms=NOW - 10 * SECOND), False, False, 1, {}, DUE),
+    (FRESH, True, False, 2, {"sync_ms": 0}, DUE),
+    (FRESH, False, False, 2, {"sync_ms": 0}, NONE),
+    (live(last_use_ms=NOW - 10 * SECOND), False, False, 2, {"sync_ms": 0}, DUE),
+    (live(writes=3), True, False, 2, {"sync_writes": 5}, NONE),
+    (live(writes=4), True, False, 2, {"sync_writes": 5}, DUE),
+    (live(writes=4), False, False, 2, {"sync_writes": 5}, NONE),
+]
+
+
+@pytest.mark.parametrize(
+    ("loaded", "changed", "required", "homes", "terms", "need"), NEEDS
+)
+def test_whether_a_save_writes_sql(
+    loaded: Live,
+    changed: bool,
+    required: bool,
+    homes: int,
+    terms: dict[str, int],
+    need: SqlNeed,
+) -> None:
+    """Required for logins and degraded changes, due by time, else not at all."""
+    found = sql_need(
+        loaded,
+        changed=changed,
+        required=required,
+        homes=homes,
+        timing=timing(**terms),
+        now_ms=NOW,
+    )
+    assert found is need
+
+
+@pytest.mark.parametrize("in_sql", [False, True])
+@pytest.mark.parametrize(("first", "second"), ACK_PAIRS)
+def test_when_a_change_is_safe(first: Ack, second: Ack, in_sql: bool) -> None:
+    """On both homes or in SQL, and a conflict always counts as one."""
+    outcome = judge_acks({"a": first, "b": second}, homes=2, in_sql=in_sql)
+    if Ack.CONFLICT in (first, second):
+        assert outcome is Outcome.CONFLICT
+    elif in_sql or first is second is Ack.STORED:
+        assert outcome is Outcome.ACKNOWLEDGED
+    else:
+        assert outcome is Outcome.SQL_NOW
+
+
+def test_fewer_homes_than_two_are_never_enough() -> None:
+    """One home, or one of two that could be written, is no second place."""
+    for acks, homes in (({"a": Ack.STORED}, 2), ({"a": Ack.STORED}, 1), ({}, 0)):
+        assert judge_acks(acks, homes=homes, in_sql=False) is Outcome.SQL_NOW
+        assert judge_acks(acks, homes=homes, in_sql=True) is Outcome.ACKNOWLEDGED
+
+
+@pytest.mark.parametrize(("first", "second"), ACK_PAIRS)
+def test_which_old_copies_must_go(first: Ack, second: Ack) -> None:
+    """Those that refused, unless the other home's new copy disagrees anyway."""
+    acks = {"a": first, "b": second}
+    refused = [name for name, ack in acks.items() if ack is Ack.REFUSED]
+    assert to_remove(acks) == ([] if Ack.STORED in (first, second) else refused)
+
+
+# --- reaping ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("first", "second"), BOTH)
+def test_what_becomes_of_a_row_past_its_time(first: str, second: str, row: str) -> None:
+    """It goes only when every home answered and none has anything newer to say."""
+    verdict = may_reap(ROWS[row], replies(first, second), TIMING, NOW)
+    copies = live_copies(first, second)
+    in_use = [copy for copy in copies if copy.last_use_ms > NOW - DAY]
+    if "unreachable" in (first, second) or row == "silent":
+        assert isinstance(verdict, Keep)
+    elif row == "dead":
+        assert isinstance(verdict, Keep if in_use else Reap)
+    elif "dead" in (first, second):
+        assert verdict == Bury(DEAD)
+    elif row in ("live", "ahead"):
+        assert isinstance(verdict, Renew)  # this row itself is not past its time
+        expected = joined(*copies, ROWS[row].record)  # type: ignore[union-attr]
+        assert verdict.record.payload() == expected.payload()
+        assert verdict.record.row_version == expected.row_version
+    elif not in_use:
+        assert verdict == Reap()
+    else:
+        assert isinstance(verdict, Renew)
+        expected = joined(*copies)
+        version = 8 if row == "corrupt" else expected.row_version
+        renewed = replace(
+            expected, row_version=version, never_synced=False, unverified=False
+        )
+        assert verdict.record == renewed
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "renewed"),
+    [
+        ("miss", "miss", False),
+        ("expired", "corrupt", False),
+        ("miss", "same", True),
+        ("other", "expired", True),
+    ],
+)
+def test_an_expired_row_asks_the_homes(first: str, second: str, renewed: bool) -> None:
+    """A newer use on a home renews the row; without one it may go."""
+    row = RowLive(replace(SAME, last_use_ms=NOW - 2 * DAY))
+    verdict = may_reap(row, replies(first, second), TIMING, NOW)
+    assert isinstance(verdict, Renew if renewed else Reap)
+
+
+def test_the_row_learns_that_a_debt_is_paid() -> None:
+    """The tombstone that goes to SQL owes SQL nothing any more."""
+    owing = {FIRST_HOME: Hit(replace(DEAD, debt=True), TOKENS[FIRST_HOME])}
+    assert may_reap(ROWS["live"], owing, TIMING, NOW) == Bury(DEAD)
+
+
+def test_a_silent_home_is_named() -> None:
+    """The reason says which home did not answer."""
+    verdict = may_reap(ROWS["live"], replies("miss", "unreachable"), TIMING, NOW)
+    assert verdict == Keep(f"no answer from {SECOND_HOME}")
+
+
+# --- time ------------------------------------------------------------------------
+
+
+def test_expiry_is_idle_or_absolute_whichever_is_first() -> None:
+    """Use extends the idle time, never the absolute one."""
+    used = record(created_ms=NOW, last_use_ms=NOW + HOUR)
+    assert expires_ms(used, TIMING) == NOW + HOUR + DAY
+    assert expires_ms(used, timing(absolute_ms=2 * HOUR)) == NOW + 2 * HOUR
+
+
+def test_rows_and_tombstones_outlive_their_session() -> None:
+    """The row by a sync and a refresh, the tombstone by a full lifetime and more."""
+    used = record()
+    late = TIMING.sync_ms + TIMING.refresh_ms
+    assert row_expires_ms(used, TIMING) == expires_ms(used, TIMING) + late
+    ended = Tombstone("ended", NOW)
+    assert tombstone_expires_ms(ended, TIMING) > row_expires_ms(used, TIMING)
+
+
+@pytest.mark.parametrize(
+    ("until_ms", "expected"),
+    [
+        (NOW, (DAY + HOUR) // 1000),
+        (NOW + DAY, (2 * DAY + HOUR) // 1000),
+        (NOW + 400 * DAY, 30 * DAY // 1000),
+        (NOW + 29 * DAY, 30 * DAY // 1000),
+        (NOW - DAY - HOUR, 1),
+        (NOW - DAY - HOUR + 999, 1),
+        (0, 1),
+    ],
+)
+def test_exptime_is_from_1_second_to_30_days(until_ms: int, expected: int) -> None:
+    """0 would be for ever, and more than 30 days a date long past."""
+    assert exptime_seconds(until_ms, TIMING, NOW) == expected
+
+
+def test_a_refresh_is_due_after_its_interval() -> None:
+    """A use is told to the homes no more often than that."""
+    assert not refresh_due(record(last_use_ms=NOW - 10 * SECOND + 1), TIMING, NOW)
+    assert refresh_due(record(last_use_ms=NOW - 10 * SECOND), TIMING, NOW)
