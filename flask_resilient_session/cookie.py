@@ -63,8 +63,16 @@ def set_cookie(
     session: Any,
     response: Response,
     value: str,
+    *,
+    new_id: bool,
 ) -> None:
-    """Send the session cookie, as Flask's settings say."""
+    """Send the session cookie, as Flask's settings say.
+
+    :param new_id: a cache must not hand the id to others, so that the response is
+        not to be stored unless the application says otherwise.
+    """
+    if new_id and "Cache-Control" not in response.headers:
+        response.headers["Cache-Control"] = "no-store"
     response.set_cookie(
         interface.get_cookie_name(app),
         value,
@@ -93,3 +101,47 @@ def _attributes(interface: SessionInterface, app: Flask) -> dict[str, Any]:
         "partitioned": interface.get_cookie_partitioned(app),
         "samesite": interface.get_cookie_samesite(app),
     }
+
+
+def doubtful_settings(interface: SessionInterface, app: Flask) -> list[str]:
+    """What is wrong or missing in Flask's cookie settings, a sentence each."""
+    name = interface.get_cookie_name(app)
+    secure = interface.get_cookie_secure(app)
+    samesite = interface.get_cookie_samesite(app)
+    found = []
+    if not secure:
+        found.append(
+            "SESSION_COOKIE_SECURE is not set: the session id also travels over"
+            " unencrypted connections. Set it to True where the site has HTTPS."
+        )
+    if not interface.get_cookie_httponly(app):
+        found.append("SESSION_COOKIE_HTTPONLY is off: scripts can read the session id.")
+    if samesite is None:
+        found.append(
+            "SESSION_COOKIE_SAMESITE is not set: other sites' requests carry the"
+            " session id where a browser's default lets them. Set it to 'Lax'."
+        )
+    if not secure:
+        found.extend(_needs_secure(interface, app, name, samesite))
+    if name.startswith("__Host-") and (
+        interface.get_cookie_domain(app) or interface.get_cookie_path(app) != "/"
+    ):
+        found.append(
+            f"A cookie named {name} needs SESSION_COOKIE_PATH = '/' and no"
+            " SESSION_COOKIE_DOMAIN."
+        )
+    return found
+
+
+def _needs_secure(
+    interface: SessionInterface, app: Flask, name: str, samesite: str | None
+) -> list[str]:
+    """Settings that make browsers drop a cookie without the Secure flag."""
+    wanting = []
+    if samesite == "None":
+        wanting.append("SESSION_COOKIE_SAMESITE = 'None'")
+    if interface.get_cookie_partitioned(app):
+        wanting.append("SESSION_COOKIE_PARTITIONED")
+    if name.startswith(("__Secure-", "__Host-")):
+        wanting.append(f"A cookie named {name}")
+    return [f"{what} needs SESSION_COOKIE_SECURE." for what in wanting]

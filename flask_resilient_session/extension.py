@@ -25,6 +25,7 @@ from .events import Observer, Stats, logger
 from .health import Breaker
 from .homes import Homes
 from .interface import ResilientSessionInterface
+from .keys import Keys
 from .node import Node
 from .reaper import Reaper, ReapOptions, ReapReport
 from .ring import Ring, RingNode
@@ -50,6 +51,7 @@ class AppState:
     clock: SystemClock
     sql: SqlTable
     store: Store
+    keys: Keys
     interface: ResilientSessionInterface
 
     def close(self) -> None:
@@ -62,7 +64,7 @@ class AppState:
         return Reaper(
             self.sql,
             self.store,
-            keyring=self.interface.secrets(app).keyring,
+            keyring=self.keys.of(app).keyring,
             timing=self.settings.timing(app.permanent_session_lifetime),
             clock=self.clock,
             observer=self.observer,
@@ -177,8 +179,9 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         random=chance,
         observer=observer,
     )
-    interface = ResilientSessionInterface(settings, store, clock, observer)
-    return AppState(settings, db, observer, clock, sql, store, interface)
+    keys = Keys(settings)
+    interface = ResilientSessionInterface(settings, store, keys, clock, observer)
+    return AppState(settings, db, observer, clock, sql, store, keys, interface)
 
 
 def _new_engine(app: Flask, settings: Settings) -> Any:

@@ -7,26 +7,24 @@ Flask's own ``save_session``: vary, empty, whether to set the cookie, set it.
 from __future__ import annotations
 
 import enum
-import hashlib
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Final, cast
 
 from flask import Flask, Request, Response, after_this_request, has_request_context
 from flask.sessions import SessionInterface, SessionMixin
 
-from .access import Access
 from .clock import Clock
 from .codec import encode_value
 from .config import Settings
-from .cookie import CookieSigner, delete_cookie, read_cookie, set_cookie
+from .cookie import delete_cookie, doubtful_settings, set_cookie
 from .errors import SessionTooLarge, SessionUnavailable
-from .events import Observer, logger, short
-from .record import Keyring
-from .replication import Gone, Live, Unknown
-from .session import LazySession, Session, UnavailableSession, new_sid
+from .events import Observer, logger
+from .keys import Keys
+from .replication import Gone, Live
+from .session import LazySession, Session, new_sid
 from .store import Changes, Store
+from .trace import CopyState, SessionTrace, copies, trace
+from .visit import Household, RequestVisit
 
 #: A request that arrives with an id that was moved this short a time ago was sent
 #: before its browser knew the new one. It must not overwrite the fresh cookie.
@@ -47,157 +45,42 @@ class Cookie(enum.Enum):
     DELETE = "delete"
 
 
-class Secrets:
-    """What is derived from one set of secret keys."""
-
-    def __init__(self, secrets: tuple[str | bytes, ...], namespace: str) -> None:
-        self.signer = CookieSigner(secrets)
-        self.keyring = Keyring(secrets, namespace)
-
-
-class RequestVisit:
-    """One session in one request: what was loaded, and the time spent on it.
-
-    :ivar cookie_came: the request carried a session cookie, whatever was in it.
-    :ivar found: what loading found; None while the cookie is missing or forged.
-    """
-
-    def __init__(
-        self, interface: ResilientSessionInterface, app: Flask, request: Request
-    ) -> None:
-        self._interface = interface
-        self._app = app
-        self._request = request
-        self._spent = 0.0
-        self.has_response = False
-        self.saved = False
-        self.cookie_came = False
-        self.access: Access | None = None
-        self.found: Live | Gone | Unknown | None = None
-
-    def load(self, session: Session) -> None:
-        """See :class:`flask_resilient_session.session.Visit`."""
-        interface, app = self._interface, self._app
-        value = read_cookie(interface, app, self._request)
-        self.cookie_came = bool(value)
-        sid = interface.secrets(app).signer.unsign(value)
-        if sid is None:
-            session.fill(None, {})
-            return
-        self.access = interface.access(app, sid, self.deadline(for_saving=False))
-        self.found = self.timed(lambda: interface.store.load(cast(Access, self.access)))
-        if isinstance(self.found, Live):
-            try:
-                session.fill(sid, self.found.record.payload())
-                return
-            except ValueError as error:
-                # Written by another version, which knows more types than this one.
-                name = short(self.access.session_key)
-                logger.error("Session %s cannot be read here: %s", name, error)
-                self.found = Unknown()
-        elif isinstance(self.found, Gone):
-            session.fill(None, {})
-            return
-        session.become_unavailable()
-        if interface.settings.on_unavailable == "error" and not self._too_late():
-            raise self._unavailable()
-
-    def refuse_write(self) -> None:
-        """See :class:`flask_resilient_session.session.Visit`."""
-        if not self._too_late():
-            raise self._unavailable()
-        self._interface.observer.count("dropped_changes")
-        logger.warning("A change of an unavailable session was dropped.")
-
-    def note_response(self, response: Response) -> Response:
-        """From here on an error would become a 500 instead of the app's own page."""
-        self.has_response = True
-        return response
-
-    def deadline(self, *, for_saving: bool) -> float:
-        """Monotonic time by which loading or saving must end.
-
-        Half of the request's budget is kept for saving; time between the two does
-        not count.
-        """
-        budget = self._interface.settings.request_budget
-        allowed = budget - self._spent if for_saving else budget / 2
-        return self._interface.clock.monotonic() + allowed
-
-    def timed(self, call: Callable[[], Live | Gone | Unknown]) -> Live | Gone | Unknown:
-        """Call something and count its time against the budget."""
-        started = self._interface.clock.monotonic()
-        try:
-            return call()
-        finally:
-            self._spent += self._interface.clock.monotonic() - started
-
-    def access_for_saving(self) -> Access:
-        """The loaded session's access with the time that is left."""
-        assert self.access is not None
-        return replace(self.access, deadline=self.deadline(for_saving=True))
-
-    def access_to(self, sid: str) -> Access:
-        """Access to another id in the time that is left."""
-        deadline = self.deadline(for_saving=True)
-        return self._interface.access(self._app, sid, deadline)
-
-    def _too_late(self) -> bool:
-        return self.has_response or self.saved or _in_error_handler()
-
-    def _unavailable(self) -> SessionUnavailable:
-        name = "" if self.access is None else f" {short(self.access.session_key)}"
-        return SessionUnavailable(
-            f"Nobody can say whether session{name} exists: neither its nodes nor SQL"
-            " answer. Try again in a moment."
-        )
-
-
-def _in_error_handler() -> bool:
-    """Whether Flask is handling an exception, so that another would be a 500.
-
-    The traceback of an exception starts at the frame that handles it. A view's own
-    ``except`` block is none of Flask's.
-    """
-    handlers = {Flask.full_dispatch_request.__code__, Flask.wsgi_app.__code__}
-    error = sys.exc_info()[1]
-    while error is not None:
-        traceback = error.__traceback__
-        if traceback is not None and traceback.tb_frame.f_code in handlers:
-            return True
-        error = error.__context__
-    return False
-
-
 class ResilientSessionInterface(SessionInterface):
     """Sessions on two nodes and SQL.
 
     :param settings: the extension's settings of one application.
     :param store: loads and keeps the sessions.
+    :param keys: signs ids and seals records.
     """
 
     session_class = Session
 
     def __init__(
-        self, settings: Settings, store: Store, clock: Clock, observer: Observer
+        self,
+        settings: Settings,
+        store: Store,
+        keys: Keys,
+        clock: Clock,
+        observer: Observer,
     ) -> None:
         self.settings = settings
         self.store = store
+        self.keys = keys
         self.clock = clock
         self.observer = observer
-        self._secrets: dict[tuple[str | bytes, ...], Secrets] = {}
-        self._warned = False
+        self._house = Household(settings, store, keys, clock, observer, self)
+        self._checked = False
 
     # --- Flask's side ------------------------------------------------------------
 
     def open_session(self, app: Flask, request: Request) -> Session | None:
         """A session that loads on first use; None without a secret key."""
+        if not self._checked:
+            self._checked = True
+            self._warn(app)
         if not app.secret_key:
-            if not self._warned:
-                self._warned = True
-                logger.warning("Sessions are off: SECRET_KEY is not set.")
             return None
-        visit = RequestVisit(self, app, request)
+        visit = RequestVisit(self._house, app, request)
         if has_request_context():
             after_this_request(visit.note_response)
         return LazySession(visit)
@@ -235,39 +118,35 @@ class ResilientSessionInterface(SessionInterface):
         if action is Cookie.DELETE:
             delete_cookie(self, app, response)
         elif action is Cookie.SET:
-            value = self.secrets(app).signer.sign(sid)
-            set_cookie(self, app, session, response, value)
+            value = self.keys.of(app).signer.sign(sid)
+            new_id = sid != visit.sid
+            set_cookie(self, app, session, response, value, new_id=new_id)
 
     def regenerate(self, session: Session) -> None:
         """Give a session a new id; the name that Flask-Session users know."""
         session.regenerate()
 
-    # --- what a request needs ----------------------------------------------------
+    def trace(self, session: Session) -> SessionTrace:
+        """Where this session lives and how this request came by it.
 
-    def secrets(self, app: Flask) -> Secrets:
-        """Signer and keyring for the application's secret keys as they are now."""
-        fallbacks = app.config.get("SECRET_KEY_FALLBACKS") or ()
-        keys = (cast("str | bytes", app.secret_key), *fallbacks)
-        known = self._secrets.get(keys)
-        if known is None:
-            if len(self._secrets) >= 8:  # keys change by rotation, not by request
-                self._secrets.clear()
-            known = self._secrets[keys] = Secrets(keys, self.namespace)
-        return known
+        Loads it if that was not done yet; never raises for an unavailable one.
+        """
+        unavailable = session.unavailable
+        visit = cast(RequestVisit, session.visit)
+        return trace(self.store, visit, unavailable=unavailable)
 
-    @property
-    def namespace(self) -> str:
-        """What records belong to: those of another prefix or table are foreign."""
-        return f"{self.settings.key_prefix}\n{self.settings.table}"
+    def copies(self, session: Session) -> dict[str, CopyState]:
+        """What every configured node holds for this session right now; asks them."""
+        names = tuple(sorted(self.store.homes.cluster.names))
+        return copies(self.store, cast(RequestVisit, session.visit), names)
 
-    def access(self, app: Flask, sid: str, deadline: float) -> Access:
-        """Access to a session by its id."""
-        return Access(
-            session_key=hashlib.sha256(sid.encode("ascii")).hexdigest(),
-            keyring=self.secrets(app).keyring,
-            timing=self.settings.timing(app.permanent_session_lifetime),
-            deadline=deadline,
-        )
+    def _warn(self, app: Flask) -> None:
+        """Say once, at the first request, what the application has overlooked."""
+        if not app.secret_key:
+            logger.warning("Sessions are off: SECRET_KEY is not set.")
+        elif not app.debug and not app.testing:
+            for sentence in doubtful_settings(self, app):
+                logger.warning("%s", sentence)
 
     # --- the staircase -----------------------------------------------------------
 
@@ -393,6 +272,3 @@ def _answer_instead(
     response.status = answer.status
     response.response = answer.response
     response.direct_passthrough = answer.direct_passthrough
-
-
-__all__ = ["ResilientSessionInterface", "Secrets", "UnavailableSession"]

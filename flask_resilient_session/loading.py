@@ -101,9 +101,10 @@ class Loader:
         return verdict
 
     def _spread(self, access: Access, gone: Gone) -> Gone:
-        """Copy a tombstone to the homes that lack it, and pay its debt to SQL."""
+        """Tell the homes that a session is gone, and pay a tombstone's debt to SQL."""
         tombstone, names = gone.tombstone, gone.spread
         if tombstone is None:
+            self._homes.note_missing(access, gone.noted_at, self._clock.now_ms())
             return gone
         if tombstone.debt:
             paid = replace(tombstone, debt=False)

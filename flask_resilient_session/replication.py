@@ -76,12 +76,15 @@ class Gone:
     :ivar reason: ``missing`` is a session that SQL has never heard of or has reaped.
     :ivar ended_ms: when it was ended or moved; 0 otherwise.
     :ivar tombstone: what to write to the homes named in ``spread``.
+    :ivar noted_at: homes, as in :class:`Live`, where it can be noted that SQL knows
+        no such session.
     """
 
     reason: EndReason | Literal["expired", "missing"]
     ended_ms: int = 0
     tombstone: Tombstone | None = None
     spread: tuple[str, ...] = ()
+    noted_at: Mapping[str, Token | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +229,7 @@ def judge_row(
         return Live(record, Standing.UNVERIFIED, _places(replies))
     if isinstance(row, RowMissing):
         if not copies or not all(copy.never_synced for copy in copies):
-            return Gone("missing")
+            return Gone("missing", noted_at=_places(replies))
         record = _join_all(copies)
     elif isinstance(row, RowCorrupt):
         if not copies:

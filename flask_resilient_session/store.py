@@ -8,7 +8,7 @@ chance are arguments, so that a simulator can run this through every interleavin
 from __future__ import annotations
 
 import random as random_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, TypeAlias
 
@@ -275,26 +275,32 @@ class Store:
 
     # --- end ---------------------------------------------------------------------
 
-    def end(self, access: Access, live: Live | None) -> None:
+    def end(
+        self, access: Access, live: Live | None, also: Iterable[str] = ()
+    ) -> frozenset[str]:
         """End a session for good: SQL first, then every reachable home.
 
         With SQL unreachable both homes have to take the tombstone, which then
         carries a debt that the next reader pays.
 
         :param live: what the request loaded; None: nothing is known of it.
+        :param also: other nodes that may hold a copy.
+        :returns: names of the nodes that did not take the tombstone.
         """
-        names = self.homes.names(access)
+        homes = self.homes.names(access)
+        names = tuple(dict.fromkeys((*homes, *also)))
         tombstone = Tombstone("ended", self._clock.now_ms())
         try:
             self.durable.bury(access, tombstone, None if live is None else live.record)
         except SqlUnavailable as error:
             acks = self.homes.bury(access, replace(tombstone, debt=True), names)
-            if len(names) < PAIR or set(acks.values()) != {Ack.STORED}:
+            if len(homes) < PAIR or set(acks.values()) != {Ack.STORED}:
                 raise self._not_kept(access, error) from error
         else:
-            self.homes.bury(access, tombstone, names)
+            acks = self.homes.bury(access, tombstone, names)
         self._observer.count("revoked")
         self._observer.send(session_revoked, session=short(access.session_key))
+        return frozenset(n for n, ack in acks.items() if ack is Ack.UNREACHABLE)
 
     # --- move --------------------------------------------------------------------
 

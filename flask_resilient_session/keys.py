@@ -1,0 +1,60 @@
+"""The secret keys at work: signatures of cookies, seals of records, digests of ids.
+
+Flask's keys are read per request, as Flask does, so that they can be rotated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final, cast
+
+from flask import Flask
+
+from .access import Access
+from .config import Settings
+from .cookie import CookieSigner
+from .record import Keyring
+
+#: Keys change by rotation and not by request: more sets than this are left-overs.
+_REMEMBERED: Final = 8
+
+
+class Secrets:
+    """What is derived from one set of secret keys, the current one first."""
+
+    def __init__(self, secrets: tuple[str | bytes, ...], namespace: str) -> None:
+        self.signer = CookieSigner(secrets)
+        self.keyring = Keyring(secrets, namespace)
+
+
+class Keys:
+    """Derives what one application's sessions need from its secret keys."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        #: Records of another prefix or table are foreign.
+        self._namespace = f"{settings.key_prefix}\n{settings.table}"
+        self._known: dict[tuple[str | bytes, ...], Secrets] = {}
+
+    def of(self, app: Flask) -> Secrets:
+        """Signer and keyring for the application's secret keys as they are now."""
+        fallbacks = app.config.get("SECRET_KEY_FALLBACKS") or ()
+        keys = (cast("str | bytes", app.secret_key), *fallbacks)
+        known = self._known.get(keys)
+        if known is None:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            known = self._known[keys] = Secrets(keys, self._namespace)
+        return known
+
+    def access(self, app: Flask, sid: str, deadline: float) -> Access:
+        """Access to a session by its id.
+
+        :param deadline: monotonic time, in seconds.
+        """
+        return Access(
+            session_key=hashlib.sha256(sid.encode("ascii")).hexdigest(),
+            keyring=self.of(app).keyring,
+            timing=self._settings.timing(app.permanent_session_lifetime),
+            deadline=deadline,
+        )

@@ -1,0 +1,149 @@
+"""One session in one request: how it is loaded, and when an error can be answered."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from flask import Flask, Request, Response
+from flask.sessions import SessionInterface
+
+from .access import Access
+from .clock import Clock
+from .config import Settings
+from .cookie import read_cookie
+from .errors import SessionUnavailable
+from .events import Observer, logger, short
+from .keys import Keys
+from .replication import Gone, Live, Unknown
+from .session import Session
+from .store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Household:
+    """What all visits to one application's sessions share."""
+
+    settings: Settings
+    store: Store
+    keys: Keys
+    clock: Clock
+    observer: Observer
+    interface: SessionInterface
+
+
+class RequestVisit:
+    """One session in one request: what was loaded, and the time spent on it.
+
+    :ivar cookie_came: the request carried a session cookie, whatever was in it.
+    :ivar sid: the id in it, if it is one that we signed.
+    :ivar found: what loading found; None while the cookie is missing or forged.
+    """
+
+    def __init__(self, house: Household, app: Flask, request: Request) -> None:
+        self._house = house
+        self._app = app
+        self._request = request
+        self._spent = 0.0
+        self.has_response = False
+        self.saved = False
+        self.cookie_came = False
+        self.sid: str | None = None
+        self.access: Access | None = None
+        self.found: Live | Gone | Unknown | None = None
+
+    def load(self, session: Session) -> None:
+        """See :class:`flask_resilient_session.session.Visit`."""
+        house, app = self._house, self._app
+        value = read_cookie(house.interface, app, self._request)
+        self.cookie_came = bool(value)
+        self.sid = sid = house.keys.of(app).signer.unsign(value)
+        if sid is None:
+            session.fill(None, {})
+            return
+        self.access = access = house.keys.access(
+            app, sid, self.deadline(for_saving=False)
+        )
+        self.found = self.timed(lambda: house.store.load(access))
+        if isinstance(self.found, Live):
+            try:
+                session.fill(sid, self.found.record.payload())
+                return
+            except ValueError as error:
+                # Written by another version, which knows more types than this one.
+                name = short(self.access.session_key)
+                logger.error("Session %s cannot be read here: %s", name, error)
+                self.found = Unknown()
+        elif isinstance(self.found, Gone):
+            session.fill(None, {})
+            return
+        session.become_unavailable()
+        if house.settings.on_unavailable == "error" and not self._too_late():
+            raise self._unavailable()
+
+    def refuse_write(self) -> None:
+        """See :class:`flask_resilient_session.session.Visit`."""
+        if not self._too_late():
+            raise self._unavailable()
+        self._house.observer.count("dropped_changes")
+        logger.warning("A change of an unavailable session was dropped.")
+
+    def note_response(self, response: Response) -> Response:
+        """From here on an error would become a 500 instead of the app's own page."""
+        self.has_response = True
+        return response
+
+    def deadline(self, *, for_saving: bool) -> float:
+        """Monotonic time by which loading or saving must end.
+
+        Half of the request's budget is kept for saving; time between the two does
+        not count.
+        """
+        budget = self._house.settings.request_budget
+        allowed = budget - self._spent if for_saving else budget / 2
+        return self._house.clock.monotonic() + allowed
+
+    def timed(self, call: Callable[[], Live | Gone | Unknown]) -> Live | Gone | Unknown:
+        """Call something and count its time against the budget."""
+        started = self._house.clock.monotonic()
+        try:
+            return call()
+        finally:
+            self._spent += self._house.clock.monotonic() - started
+
+    def access_for_saving(self) -> Access:
+        """The loaded session's access with the time that is left."""
+        assert self.access is not None
+        return replace(self.access, deadline=self.deadline(for_saving=True))
+
+    def access_to(self, sid: str) -> Access:
+        """Access to another id in the time that is left."""
+        deadline = self.deadline(for_saving=True)
+        return self._house.keys.access(self._app, sid, deadline)
+
+    def _too_late(self) -> bool:
+        return self.has_response or self.saved or _in_error_handler()
+
+    def _unavailable(self) -> SessionUnavailable:
+        name = "" if self.access is None else f" {short(self.access.session_key)}"
+        return SessionUnavailable(
+            f"Nobody can say whether session{name} exists: neither its nodes nor SQL"
+            " answer. Try again in a moment."
+        )
+
+
+def _in_error_handler() -> bool:
+    """Whether Flask is handling an exception, so that another would be a 500.
+
+    The traceback of an exception starts at the frame that handles it. A view's own
+    ``except`` block is none of Flask's.
+    """
+    handlers = {Flask.full_dispatch_request.__code__, Flask.wsgi_app.__code__}
+    error = sys.exc_info()[1]
+    while error is not None:
+        traceback = error.__traceback__
+        if traceback is not None and traceback.tb_frame.f_code in handlers:
+            return True
+        error = error.__context__
+    return False
