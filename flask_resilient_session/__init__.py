@@ -28,6 +28,7 @@ from .events import (
 from .extension import ResilientSession
 from .interface import ResilientSessionInterface
 from .reaper import ReapOptions, ReapReport
+from .revocation import SessionInfo
 from .session import Session
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "ResilientSessionError",
     "ResilientSessionInterface",
     "Session",
+    "SessionInfo",
     "SessionTooLarge",
     "SessionUnavailable",
     "SetupError",

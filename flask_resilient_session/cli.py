@@ -18,6 +18,7 @@ from flask.json.tag import TaggedJSONSerializer
 
 from .errors import SqlUnavailable
 from .reaper import DEFAULT_BATCH_SIZE, Reaper, ReapOptions, ReapReport
+from .revocation import Revoker, RevokeReport
 
 EXIT_DONE: Final = 0
 EXIT_SQL_FAILED: Final = 1
@@ -25,8 +26,9 @@ EXIT_UNCHECKED: Final = 3
 EXIT_REFUSED: Final = 4
 EXIT_STOPPED: Final = 5
 
-#: Makes the reaper of the current application.
+#: Make the reaper and the revoker of an application.
 NewReaper = Callable[[Flask], Reaper]
+NewRevoker = Callable[[Flask], Revoker]
 
 
 def exit_code(report: ReapReport) -> int:
@@ -120,6 +122,62 @@ kept. Safe to kill, to rerun and to run twice at once.
 Exit codes: 0 nothing left to do; 1 SQL failed; 3 some rows could not be checked and
 are kept; 4 refused, nothing deleted; 5 stopped early by a limit or a signal.
 """
+
+
+def revoke_command(new_revoker: NewRevoker) -> click.Command:
+    """The command that ends the sessions of a user, or of everybody."""
+
+    @click.command("revoke-sessions", help=_REVOKE_HELP)
+    @click.option("--user", metavar="ID", help="The user whose sessions end.")
+    @click.option("--all", "everybody", is_flag=True, help="End everybody's sessions.")
+    @click.option("--yes", is_flag=True, help="Do not ask.")
+    @with_appcontext
+    def command(user: str | None, everybody: bool, yes: bool) -> None:
+        if (user is None) != everybody:
+            raise click.UsageError("Give either --user ID or --all.")
+        revoker = new_revoker(current_app._get_current_object())  # type: ignore[attr-defined]
+        if not yes:
+            whose = "everybody" if user is None else f"user {user}"
+            try:
+                found = revoker.count(user)
+            except SqlUnavailable as error:
+                click.echo(f"SQL failed: {error}", err=True)
+                sys.exit(EXIT_SQL_FAILED)
+            click.confirm(f"End {found} sessions of {whose}?", abort=True)
+        report = revoker.revoke(user)
+        click.echo(f"Ended {report.ended} sessions.")
+        sys.exit(_revoke_exit_code(report))
+
+    return command
+
+
+_REVOKE_HELP: Final = """End the sessions of a user, or of everybody, as by logout.
+
+Exit codes: 0 final everywhere; 1 SQL failed, the rest was not ended; 3 a node could
+not be told, SQL has it and it is effective within the sync interval; 4 rows name
+nodes that are not configured on this host.
+"""
+
+
+def _revoke_exit_code(report: RevokeReport) -> int:
+    if report.failed is not None:
+        click.echo(f"SQL failed: {report.failed}", err=True)
+        return EXIT_SQL_FAILED
+    if report.foreign:
+        click.echo(
+            f"{report.foreign} of them name nodes that are not configured on this host"
+            " (RESILIENT_SESSION_NODES): their copies were not told.",
+            err=True,
+        )
+        return EXIT_REFUSED
+    if report.untold:
+        click.echo(
+            f"Of {report.untold} of them a node could not be told. SQL has it: they"
+            " end within the sync interval.",
+            err=True,
+        )
+        return EXIT_UNCHECKED
+    return EXIT_DONE
 
 
 @contextlib.contextmanager

@@ -37,9 +37,6 @@ PREFIX = "RESILIENT_SESSION_"
 #: Settings whose feature is not built: key -> why only the default is allowed.
 UNAVAILABLE_FEATURES: Mapping[str, str] = MappingProxyType(
     {
-        "RESILIENT_SESSION_ENCRYPT": (
-            "encryption at rest is not available in this version"
-        ),
         "RESILIENT_SESSION_OUTAGE_TRUST": (
             "trusting a copy during an outage is not available in this version"
         ),

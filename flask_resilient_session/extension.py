@@ -9,18 +9,19 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Final
 
 from flask import Flask, Response, appcontext_pushed, current_app
 from flask_sqlalchemy import SQLAlchemy
 
-from .cli import reap_command
+from .cli import reap_command, revoke_command
 from .clock import SystemClock
 from .cluster import Cluster
 from .config import Settings, load_settings
 from .durable import Durable
 from .engines import app_engine, default_engine, table_for
-from .errors import SetupError
+from .errors import ConfigurationError, SessionUnavailable, SetupError
 from .events import Observer, Stats, logger
 from .health import Breaker
 from .homes import Homes
@@ -28,6 +29,7 @@ from .interface import ResilientSessionInterface
 from .keys import Keys
 from .node import Node
 from .reaper import Reaper, ReapOptions, ReapReport
+from .revocation import Revoker, SessionInfo
 from .ring import Ring, RingNode
 from .sql import SqlTable
 from .store import Store
@@ -53,6 +55,16 @@ class AppState:
     store: Store
     keys: Keys
     interface: ResilientSessionInterface
+
+    def new_revoker(self, app: Flask) -> Revoker:
+        """A revoker for the application's table, with its keys as they are now."""
+        return Revoker(
+            self.sql,
+            self.store,
+            keyring=self.keys.of(app).keyring,
+            timing=self.settings.timing(app.permanent_session_lifetime),
+            clock=self.clock,
+        )
 
     def close(self) -> None:
         """Close all idle connections to nodes and SQL; the next use opens new ones."""
@@ -100,12 +112,19 @@ class ResilientSession:
             )
         settings = load_settings(app.config)
         settings.timing(app.permanent_session_lifetime)
+        if settings.encrypt and find_spec("cryptography") is None:
+            raise ConfigurationError(
+                "RESILIENT_SESSION_ENCRYPT",
+                True,
+                "False, or install Flask-Resilient-Session[encryption]",
+            )
         state = _new_state(app, settings, db)
         app.extensions[_NAME] = state
         app.session_interface = state.interface
         _register_table(app, state)
         for name in _REAP_COMMANDS:
             app.cli.add_command(reap_command(name, lambda a: _state(a).new_reaper(a)))
+        app.cli.add_command(revoke_command(lambda a: _state(a).new_revoker(a)))
         if settings.reap_probability:
             app.after_request(_reap_sometimes(state))
         if not settings.nodes:
@@ -118,6 +137,29 @@ class ResilientSession:
     def stats(self) -> Stats:
         """The current application's counters in this process."""
         return _current().observer.stats
+
+    def revoke_user(self, user_id: object) -> int:
+        """End all sessions of a user of the current application, as by logout.
+
+        :param user_id: what their sessions hold under ``RESILIENT_SESSION_USER_KEY``.
+        :returns: how many were ended. Where a home could not be told, the end is
+            effective within the sync interval.
+        :raises SessionUnavailable: SQL did not answer; some may have been ended.
+        """
+        report = _current_revoker().revoke(user_id)
+        if report.failed is not None:
+            raise SessionUnavailable(
+                f"Only {report.ended} sessions were ended: {report.failed}"
+            )
+        return report.ended
+
+    def sessions_of(self, user_id: object) -> list[SessionInfo]:
+        """The live sessions of a user of the current application.
+
+        :param user_id: what their sessions hold under ``RESILIENT_SESSION_USER_KEY``.
+        :raises SessionUnavailable: SQL did not answer.
+        """
+        return _current_revoker().sessions_of(user_id)
 
     def reap(self, **options: Any) -> ReapReport:
         """One pass of the reaper over the current application's table.
@@ -249,3 +291,8 @@ def _state(app: Flask) -> AppState:
 
 def _current() -> AppState:
     return _state(current_app._get_current_object())  # type: ignore[attr-defined]
+
+
+def _current_revoker() -> Revoker:
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    return _state(app).new_revoker(app)

@@ -72,14 +72,14 @@ class Homes:
     def write(
         self,
         access: Access,
-        record: Record,
+        copy: Copy,
         places: Mapping[str, Token | None],
         now_ms: int,
     ) -> dict[str, Ack]:
-        """Put a record where ``places`` were read; answers by home."""
+        """Put a copy where ``places`` were read; answers by home."""
         if not places:
             return {}
-        requests = self.requests(access, record, places, now_ms)
+        requests = self.requests(access, copy, places, now_ms)
         answers = self.cluster.write(requests, access.deadline)
         return dict(zip(places, answers, strict=True))
 

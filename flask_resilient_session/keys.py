@@ -22,9 +22,11 @@ _REMEMBERED: Final = 8
 class Secrets:
     """What is derived from one set of secret keys, the current one first."""
 
-    def __init__(self, secrets: tuple[str | bytes, ...], namespace: str) -> None:
+    def __init__(
+        self, secrets: tuple[str | bytes, ...], namespace: str, *, encrypt: bool
+    ) -> None:
         self.signer = CookieSigner(secrets)
-        self.keyring = Keyring(secrets, namespace)
+        self.keyring = Keyring(secrets, namespace, encrypt=encrypt)
 
 
 class Keys:
@@ -44,7 +46,9 @@ class Keys:
         if known is None:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
-            known = self._known[keys] = Secrets(keys, self._namespace)
+            known = self._known[keys] = Secrets(
+                keys, self._namespace, encrypt=self._settings.encrypt
+            )
         return known
 
     def access(self, app: Flask, sid: str, deadline: float) -> Access:

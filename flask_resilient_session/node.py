@@ -103,6 +103,11 @@ class _Connection:
     def close(self) -> None:
         self.host.close_socket()
 
+    def __del__(self) -> None:
+        # An application that is dropped, as in a test, closes what it had open.
+        if hasattr(self, "socket"):
+            self.close()
+
 
 class Exchange:
     """A request sent to a node whose reply has not been read yet."""

@@ -14,8 +14,10 @@ Times are Unix milliseconds. Nothing here reads a clock or does I/O.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
+import secrets as secrets_module
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
@@ -246,6 +248,11 @@ def drop_markers(record: Record, older_than_ms: int) -> Record:
 MAGIC: Final = b"frs"
 FORMAT: Final = 1
 PLAIN: Final = 0
+AES_GCM: Final = 1
+
+#: Random nonces are safe for 2**32 records under one key. A busy site writes as many
+#: in weeks, so that each session is encrypted under a key of its own.
+_NONCE_BYTES: Final = 12
 
 _KEY_ID_BYTES: Final = 4
 _MAC_BYTES: Final = 32
@@ -277,26 +284,47 @@ class UnknownFormat:
     """
 
 
+@dataclass(frozen=True, slots=True)
+class _SealKey:
+    """What one secret key is used for."""
+
+    mac: hmac.HMAC
+    encryption: bytes
+
+
 class Keyring:
     """The keys that seal records: the current one, and older ones still accepted.
 
     :param secrets: the application's secret keys, the current one first.
     :param namespace: what the records belong to; bytes of another namespace are
         corrupt here.
+    :param encrypt: encrypt what is sealed. What is opened may be either.
+    :raises ImportError: ``encrypt`` without the library ``cryptography``.
     """
 
-    def __init__(self, secrets: Iterable[str | bytes], namespace: str) -> None:
-        self._macs: dict[bytes, hmac.HMAC] = {}
+    def __init__(
+        self,
+        secrets: Iterable[str | bytes],
+        namespace: str,
+        *,
+        encrypt: bool = False,
+    ) -> None:
+        self._keys: dict[bytes, _SealKey] = {}
         label = namespace.encode()
         for secret in secrets:
             raw = secret.encode() if isinstance(secret, str) else secret
             key = hmac.digest(raw, b"flask-resilient-session record", "sha256")
             key_id = hashlib.sha256(b"key id" + key).digest()[:_KEY_ID_BYTES]
             prepared = hmac.new(key, len(label).to_bytes(4, "big") + label, "sha256")
-            self._macs.setdefault(key_id, prepared)
-        if not self._macs:
+            cipher_key = hmac.digest(raw, b"flask-resilient-session cipher", "sha256")
+            self._keys.setdefault(key_id, _SealKey(prepared, cipher_key))
+        if not self._keys:
             raise ValueError("A keyring needs at least one secret key.")
-        self._header = MAGIC + bytes((FORMAT, PLAIN)) + next(iter(self._macs))
+        if encrypt:
+            _aes_gcm(b"", "")
+        self._cipher = AES_GCM if encrypt else PLAIN
+        current = next(iter(self._keys))
+        self._header = MAGIC + bytes((FORMAT, self._cipher)) + current
 
     def seal(self, session_key: str, copy: Copy) -> bytes:
         """A record or tombstone as bytes that only fit this session.
@@ -304,6 +332,11 @@ class Keyring:
         :param session_key: hex digest of the session id.
         """
         body = _pack(copy)
+        if self._cipher == AES_GCM:
+            nonce = secrets_module.token_bytes(_NONCE_BYTES)
+            cipher = _aes_gcm(self._keys[self._header[5:]].encryption, session_key)
+            context = self._header + session_key.encode("ascii")
+            body = nonce + cipher.encrypt(nonce, body, context)
         mac = self._mac(self._header, session_key, body)
         return self._header + mac + body
 
@@ -314,19 +347,43 @@ class Keyring:
         if len(data) < _HEADER_BYTES + _MAC_BYTES or not data.startswith(MAGIC):
             return CorruptBytes()
         header = data[:_HEADER_BYTES]
-        known = data[3] == FORMAT and data[4] == PLAIN
-        if not known or header[5:] not in self._macs:
+        known = data[3] == FORMAT and data[4] in (PLAIN, AES_GCM)
+        if not known or header[5:] not in self._keys:
             return UnknownFormat()
         body = data[_HEADER_BYTES + _MAC_BYTES :]
         mac = data[_HEADER_BYTES : _HEADER_BYTES + _MAC_BYTES]
         if not hmac.compare_digest(mac, self._mac(header, session_key, body)):
             return CorruptBytes()
-        return _unpack(body)
+        return (
+            _unpack(body) if data[4] == PLAIN else self._open(header, session_key, body)
+        )
+
+    def _open(
+        self, header: bytes, session_key: str, body: bytes
+    ) -> Copy | CorruptBytes | UnknownFormat:
+        """Decrypt a body whose MAC has been verified."""
+        try:
+            cipher = _aes_gcm(self._keys[header[5:]].encryption, session_key)
+        except ImportError:
+            # Another worker has the library; this one cannot say what is in it.
+            return UnknownFormat()
+        context = header + session_key.encode("ascii")
+        nonce, sealed = body[:_NONCE_BYTES], body[_NONCE_BYTES:]
+        return _unpack(cipher.decrypt(nonce, sealed, context))
 
     def _mac(self, header: bytes, session_key: str, body: bytes) -> bytes:
-        mac = self._macs[header[5:]].copy()
+        mac = self._keys[header[5:]].mac.copy()
         mac.update(header + session_key.encode("ascii") + body)
         return mac.digest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _aes_gcm(key: bytes, session_key: str) -> Any:
+    """The cipher of one session."""
+    # Imported on use: it belongs to the extra "encryption".
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    return AESGCM(hmac.digest(key, session_key.encode("ascii"), "sha256"))
 
 
 def _pack(copy: Copy) -> bytes:

@@ -41,6 +41,9 @@ _LONGEST_EXPTIME: Final = 30 * 24 * 60 * 60
 #: Tombstones and copies outlive what they stand for by this: more than clocks differ.
 _MARGIN_MS: Final = _DAY_MS
 
+#: A request that moves a session has ended after this, whatever its budget.
+MOVE_AT_WORK_MS: Final = 60_000
+
 
 class Standing(enum.Enum):
     """What a loaded session rests on."""
@@ -192,7 +195,7 @@ def judge_copies(
     """
     tombstone = _tombstone(replies)
     if tombstone is not None:
-        return _buried(tombstone, replies)
+        return _buried(tombstone, replies, now_ms)
     hits = [reply for reply in replies.values() if isinstance(reply, Hit)]
     if len(hits) != len(replies) or len(hits) < PAIR:
         return None
@@ -219,7 +222,7 @@ def judge_row(
     """What homes and SQL together say, where the homes alone did not settle it."""
     copies = [hit.copy for _, hit in _hits(replies) if isinstance(hit.copy, Record)]
     if isinstance(row, RowDead):
-        return _buried(row.tombstone, replies)
+        return _buried(row.tombstone, replies, now_ms)
     if isinstance(row, SqlSilent):
         if not copies:
             return Unknown()
@@ -300,14 +303,18 @@ def _tombstone(replies: Mapping[str, Reply]) -> Tombstone | None:
     return found
 
 
-def _buried(tombstone: Tombstone, replies: Mapping[str, Reply]) -> Gone:
-    spread = tuple(
-        name
-        for name, reply in replies.items()
-        if not isinstance(reply, Unreachable)
-        and not (isinstance(reply, Hit) and isinstance(reply.copy, Tombstone))
+def _buried(tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int) -> Gone:
+    # A move buries the old copies by compare-and-swap, to find what others had
+    # acknowledged there meanwhile. Nobody else may bury them while it is at work.
+    moving = (
+        tombstone.reason == "moved" and now_ms - tombstone.ended_ms < MOVE_AT_WORK_MS
     )
-    return Gone(tombstone.reason, tombstone.ended_ms, tombstone, spread)
+    spread = []
+    for name, reply in replies.items():
+        live = isinstance(reply, Hit) and isinstance(reply.copy, Record)
+        if isinstance(reply, (Miss, Corrupt)) or (live and not moving):
+            spread.append(name)
+    return Gone(tombstone.reason, tombstone.ended_ms, tombstone, tuple(spread))
 
 
 # --- writing ---------------------------------------------------------------------

@@ -252,7 +252,7 @@ class SqlTable:
 
         return self._call(call, deadline)
 
-    # --- for the reaper ----------------------------------------------------------
+    # --- many sessions ----------------------------------------------------------
 
     def page_expired(
         self, before_ms: int, after: tuple[int, str], limit: int, deadline: float
@@ -298,6 +298,21 @@ class SqlTable:
             .limit(limit)
         )
         return self._page(query, deadline)
+
+    def page_live(
+        self, user_id: str | None, after: str, limit: int, deadline: float
+    ) -> list[Row]:
+        """Live rows of a user, or of everybody, in the order of their keys.
+
+        :param after: session_key of the last row seen.
+        """
+        columns = self.table.c
+        query = sa.select(self.table).where(
+            columns.session_key > after, columns.revoked_at.is_(None)
+        )
+        if user_id is not None:
+            query = query.where(columns.user_id == user_id)
+        return self._page(query.order_by(columns.session_key).limit(limit), deadline)
 
     def delete(self, row: Row, deadline: float) -> bool:
         """Delete a row if it is exactly as it was read."""

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
+import socket
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +124,29 @@ class TestClock(SystemClock):
         return super().now_ms() + self.ahead_ms
 
 
+_made: list[Node] = []
+
+
+def new_node(address: str, name: str = FIRST_HOME) -> Node:
+    """A node whose connections :func:`close_nodes` closes."""
+    node = Node(name, address, time.monotonic)
+    _made.append(node)
+    return node
+
+
+def real_node(server: Memcached, name: str = FIRST_HOME) -> Node:
+    """A node of a real server."""
+    host = f"[{server.host}]" if ":" in server.host else server.host
+    family = "inet6" if ":" in server.host else "inet"
+    return new_node(f"{family}:{host}:{server.port}", name)
+
+
+def close_nodes() -> None:
+    """Close what the nodes made since the last call have open."""
+    while _made:
+        _made.pop().drop_idle()
+
+
 def patient_breaker() -> Breaker:
     """A breaker that lets every caller through, so that each fault is met anew."""
     return Breaker(
@@ -161,8 +189,8 @@ class Statements:
             self.texts.append(statement)
 
 
-def sqlite_table(path: Path, **changes: Any) -> SqlTable:
-    """The table in an SQLite file."""
+def sqlite_table(path: Path | str, **changes: Any) -> SqlTable:
+    """The table in an SQLite file, or ``:memory:``."""
     usual: dict[str, Any] = {
         "create_table": True,
         "sql_timeout": 5.0,
@@ -213,6 +241,11 @@ class Site:
     timing: Timing = field(default_factory=timing)
     statements: Statements = field(default_factory=Statements)
 
+    def close(self) -> None:
+        """Close the connections to nodes and SQL."""
+        close_nodes()
+        self.sql.table.dispose()
+
     def access(self, name: str) -> Access:
         """One session on this site's usual terms."""
         deadline = self.clock.monotonic() + 30
@@ -227,14 +260,15 @@ class Site:
         names = self.store.homes.names(self.access(name))
         return [self.server(home) for home in names]
 
+    def copy(self, name: str, home: int) -> Any:
+        """What one home holds: a record, a tombstone, a verdict on bytes, None."""
+        key = session_key(name)
+        data = self.homes(name)[home].raw_get(PREFIX + key)
+        return None if data is None else self.keyring.unseal(key, data)
+
     def copies(self, name: str) -> list[Any]:
-        """What each home holds: a record, a tombstone, a verdict on bytes, None."""
-        found = []
-        for server in self.homes(name):
-            data = server.raw_get(PREFIX + session_key(name))
-            key = session_key(name)
-            found.append(None if data is None else self.keyring.unseal(key, data))
-        return found
+        """What each home holds, the first home first."""
+        return [self.copy(name, home) for home in range(len(self.homes(name)))]
 
     def row(self, name: str) -> Row | None:
         """What SQL holds."""
@@ -288,9 +322,7 @@ def make_site(servers: Sequence[Memcached], path: Path, **changes: Any) -> Site:
     observer = Observer(None)
     dice = random.Random(7)
     nodes: dict[str, NodeLike] = {
-        f"node{index}": Node(
-            f"node{index}", f"inet:{server.host}:{server.port}", clock.monotonic
-        )
+        f"node{index}": real_node(server, f"node{index}")
         for index, server in enumerate(servers)
     }
     common: dict[str, Any] = {"clock": clock, "random": dice, "observer": observer}
@@ -331,3 +363,90 @@ def run_together(*jobs: Any) -> list[Any]:
     for thread in threads:
         thread.join(60)
     return results
+
+
+def in_child(work: Callable[[], bool]) -> bool:
+    """Whether the work came out true in a forked child."""
+    with warnings.catch_warnings():
+        # Newer Pythons warn of threads, which a test's servers have.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            passed = work()
+        except BaseException:  # noqa: BLE001 - nothing may leave the child
+            traceback.print_exc()
+            passed = False
+        os._exit(0 if passed else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+class FakeServer:
+    """Something that listens, and does to each connection what a test says.
+
+    :param serve: called in a thread with the server and each connection.
+    """
+
+    def __init__(self, serve: Callable[[FakeServer, socket.socket], None]) -> None:
+        self.requests: list[bytes] = []
+        self.connections = 0
+        self.closing = threading.Event()
+        self._serve = serve
+        self._open: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._accept, daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """As python-memcached takes it."""
+        return f"inet:127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> FakeServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        # Closing alone does not end an accept that waits in another thread.
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for connection in self._open:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        self._thread.join(10)
+
+    def _accept(self) -> None:
+        while not self.closing.is_set():
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.connections += 1
+            self._open.append(connection)
+            threading.Thread(target=self._run, args=(connection,), daemon=True).start()
+
+    def _run(self, connection: socket.socket) -> None:
+        with suppress(OSError, ValueError):
+            self._serve(self, connection)
+
+    def request(self, connection: socket.socket) -> bytes:
+        """The next bytes that came; empty when the client has gone."""
+        data = connection.recv(65536)
+        if data:
+            self.requests.append(data)
+        return data
+
+
+def answering(*replies: bytes) -> Callable[[FakeServer, socket.socket], None]:
+    """Answers one request after the other with these bytes, then says nothing."""
+
+    def serve(server: FakeServer, connection: socket.socket) -> None:
+        for reply in replies:
+            if not server.request(connection):
+                return
+            connection.sendall(reply)
+        while server.request(connection):
+            pass
+
+    return serve

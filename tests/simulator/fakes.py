@@ -94,7 +94,7 @@ class Server:
         """Spoil one item's bytes."""
         item = self.items.get(key)
         if item is not None:
-            self._store(key, b"frs\x01" + item.data[:-9], item.expires_ms)
+            self._store(key, item.data[:-1] + b"?", item.expires_ms)
 
     def heal(self) -> None:
         """No fault from now on; what it holds stays."""
@@ -343,7 +343,7 @@ class FakeNode:
 
     def report(self, request: Request, result: object) -> None:
         """Tell the trace."""
-        if self.world.trace is not None:
+        if self.world.trace is not None and "000000" not in self.what(request):
             if isinstance(result, Value):
                 result = f"cas {result.cas}"
             self.world.log(
@@ -571,7 +571,7 @@ class FakeSql:
             world.log("      w{} sql {} {} -> {}", self._worker, what, key[:6], fault)
             raise SqlUnavailable(fault)
         result = apply()
-        if world.trace is not None:
+        if world.trace is not None and key[:6] != "000000":
             shown = f"v{result.version}" if isinstance(result, Row) else result
             world.log("      w{} sql {} {} -> {}", self._worker, what, key[:6], shown)
         world.pause()

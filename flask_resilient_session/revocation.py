@@ -1,0 +1,167 @@
+"""Ending the sessions of a user, or of everybody, from outside of their requests.
+
+SQL is told first, then the nodes, session by session, exactly as a logout does it. It
+is final at once where the homes could be told; a home that could not keeps serving a
+worker that still reaches both of them until the next sync at the latest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Final, Protocol
+
+from .access import Access
+from .clock import Clock
+from .config import Timing
+from .durable import user_id_column
+from .errors import SessionUnavailable, SqlUnavailable
+from .events import short
+from .record import Keyring
+from .sql import Row
+from .store import Store
+
+#: Rows read at once.
+_PAGE: Final = 200
+
+#: Seconds for one step: nobody waits for it as for a page.
+_STEP_SECONDS: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """A stored session, as far as it may be shown.
+
+    :ivar session: the short digest that names it in logs.
+    :ivar user_id: its user, as in the table.
+    :ivar created_at: when it was created.
+    :ivar synced_at: when SQL last heard of it.
+    :ivar expires_at: when its row's time is over, unless it is used again.
+    :ivar homes: names of the nodes that held it then.
+    """
+
+    session: str
+    user_id: str | None
+    created_at: datetime
+    synced_at: datetime
+    expires_at: datetime
+    homes: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class RevokeReport:
+    """What was ended.
+
+    :ivar ended: sessions ended; final in SQL.
+    :ivar untold: those of them of which a home could not be told.
+    :ivar foreign: those whose row names nodes that are not configured on this host.
+    :ivar failed: what SQL said when it failed; the rest was not ended.
+    """
+
+    ended: int = 0
+    untold: int = 0
+    foreign: int = 0
+    failed: str | None = None
+
+
+class RevokeSql(Protocol):
+    """The statement of :class:`flask_resilient_session.sql.SqlTable` used here."""
+
+    def page_live(
+        self, user_id: str | None, after: str, limit: int, deadline: float
+    ) -> list[Row]:
+        """Live rows of a user, or of everybody."""
+
+
+class Revoker:
+    """Lists and ends sessions of one application's table."""
+
+    def __init__(
+        self,
+        sql: RevokeSql,
+        store: Store,
+        *,
+        keyring: Keyring,
+        timing: Timing,
+        clock: Clock,
+    ) -> None:
+        self._sql = sql
+        self._store = store
+        self._keyring = keyring
+        self._timing = timing
+        self._clock = clock
+
+    def sessions_of(self, user_id: object) -> list[SessionInfo]:
+        """The live sessions of a user, as SQL knows them.
+
+        :raises SessionUnavailable: SQL did not answer.
+        """
+        now_ms = self._clock.now_ms()
+        try:
+            rows = [row for row in self._rows(user_id) if row.expires_at > now_ms]
+        except SqlUnavailable as error:
+            raise SessionUnavailable(f"Sessions were not listed: {error}.") from error
+        return [_info(row) for row in rows]
+
+    def count(self, user_id: object | None) -> int:
+        """How many sessions :meth:`revoke` would end.
+
+        :param user_id: None: everybody's.
+        :raises SqlUnavailable: SQL did not answer.
+        """
+        return sum(1 for _ in self._rows(user_id))
+
+    def revoke(
+        self, user_id: object | None, progress: Callable[[int], None] = lambda _: None
+    ) -> RevokeReport:
+        """End the sessions of a user.
+
+        :param user_id: None: everybody's.
+        :param progress: called with 1 for each session ended.
+        :returns: what was ended; never raises for what SQL or nodes do.
+        """
+        report = RevokeReport()
+        configured = self._store.homes.cluster.names
+        try:
+            for row in self._rows(user_id):
+                access = self._access(row)
+                untold = self._store.end(
+                    access, None, also=configured.intersection(row.homes)
+                )
+                report.ended += 1
+                report.untold += bool(untold)
+                report.foreign += not configured.issuperset(row.homes)
+                progress(1)
+        except (SqlUnavailable, SessionUnavailable) as error:
+            report.failed = str(error)
+        return report
+
+    def _rows(self, user_id: object | None) -> Iterator[Row]:
+        """Live rows, page by page in the order of their keys."""
+        column = None if user_id is None else user_id_column(user_id)
+        after = ""
+        while page := self._sql.page_live(column, after, _PAGE, self._until()):
+            yield from page
+            after = page[-1].session_key
+
+    def _access(self, row: Row) -> Access:
+        return Access(row.session_key, self._keyring, self._timing, self._until())
+
+    def _until(self) -> float:
+        return self._clock.monotonic() + _STEP_SECONDS
+
+
+def _info(row: Row) -> SessionInfo:
+    return SessionInfo(
+        session=short(row.session_key),
+        user_id=row.user_id,
+        created_at=_moment(row.created_at),
+        synced_at=_moment(row.synced_at),
+        expires_at=_moment(row.expires_at),
+        homes=row.homes,
+    )
+
+
+def _moment(milliseconds: int) -> datetime:
+    return datetime.fromtimestamp(milliseconds / 1000, timezone.utc)

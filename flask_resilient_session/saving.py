@@ -1,0 +1,208 @@
+"""Creating and saving: the order of the steps that keep a request's changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .access import Access
+from .errors import SqlUnavailable
+from .events import session_conflict, session_created, short
+from .loading import Loader
+from .record import Record, drop_markers
+from .replication import (
+    PAIR,
+    Gone,
+    Live,
+    Outcome,
+    SqlNeed,
+    Standing,
+    Unknown,
+    judge_acks,
+    refresh_due,
+    sql_need,
+)
+from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
+from .wire import Ack
+
+
+class _Conflict(Exception):
+    """Somebody else wrote in between.
+
+    :ivar ask_sql: it was noticed in SQL, so that the homes' word is not enough.
+    """
+
+    def __init__(self, *, ask_sql: bool) -> None:
+        super().__init__()
+        self.ask_sql = ask_sql
+
+
+class Saver:
+    """Creates sessions and keeps what requests change in them."""
+
+    def __init__(self, steps: Steps, loader: Loader) -> None:
+        self._steps = steps
+        self._loader = loader
+        self._homes = steps.homes
+        self._durable = steps.durable
+        self._clock = steps.clock
+        self._observer = steps.observer
+
+    # --- create ------------------------------------------------------------------
+
+    def create(self, access: Access, changes: Changes, *, required: bool) -> Live:
+        """Store a session under a new id.
+
+        :param required: write SQL before anything is acknowledged; without it a
+            session gets its row when its cookie comes back.
+        :raises SessionTooLarge: nothing is stored.
+        """
+        now_ms = self._clock.now_ms()
+        homes = self._homes.names(access)
+        empty = Record(
+            created_ms=now_ms, last_use_ms=now_ms, never_synced=True, homes=homes
+        )
+        record = self._steps.changed(empty, changes, now_ms)
+        in_sql = required or len(homes) < PAIR
+        if in_sql:
+            record = self._insert_new(access, record)
+        acks = self._homes.write(access, record, dict.fromkeys(homes), now_ms)
+        outcome = judge_acks(acks, homes=len(homes), in_sql=in_sql)
+        if not in_sql and outcome is not Outcome.ACKNOWLEDGED:
+            record = self._insert_new(access, record)
+        self._observer.count("created")
+        self._observer.send(session_created, session=short(access.session_key))
+        return Live(record, Standing.AGREED)
+
+    def _insert_new(self, access: Access, record: Record) -> Record:
+        try:
+            inserted = self._durable.insert(access, record)
+        except SqlUnavailable as error:
+            raise self._steps.not_kept(access, error) from error
+        if inserted is None:
+            raise self._steps.not_kept(access, "its new id is taken")
+        return inserted
+
+    # --- save --------------------------------------------------------------------
+
+    def save(
+        self, access: Access, live: Live, changes: Changes, *, required: bool = False
+    ) -> Live | Gone:
+        """Keep one request's changes, or only the fact that it used the session.
+
+        :param live: what the request loaded.
+        :param changes: key -> encoded value, or None to delete it.
+        :param required: acknowledge only what SQL has committed.
+        :returns: the session as it is kept, or Gone: it was ended meanwhile and the
+            changes are dropped.
+        :raises SessionTooLarge: nothing was changed.
+        """
+        courtesy = not changes and not required
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                return self._attempt(access, live, changes, required)
+            except _Conflict as conflict:
+                self._observer.count("conflicts")
+                self._observer.send(session_conflict, session=short(access.session_key))
+                ask_sql = conflict.ask_sql
+            verdict = self._loader.load(access, ask_sql=ask_sql)
+            if isinstance(verdict, Gone):
+                return verdict
+            if isinstance(verdict, Unknown):
+                if courtesy:
+                    return live
+                raise self._steps.not_kept(access, NOBODY)
+            live = verdict
+        if courtesy:
+            return live
+        raise self._steps.not_kept(access, TOO_MANY)
+
+    def _attempt(
+        self, access: Access, live: Live, changes: Changes, required: bool
+    ) -> Live:
+        now_ms = self._clock.now_ms()
+        homes = len(self._homes.names(access))
+        if live.standing is Standing.AGREED and len(live.places) < homes:
+            # Just created or moved: what stands in its homes was never read.
+            raise _Conflict(ask_sql=False)
+        need = sql_need(
+            live,
+            changed=bool(changes),
+            required=required,
+            homes=homes,
+            timing=access.timing,
+            now_ms=now_ms,
+        )
+        record, in_sql = self._to_store(access, live, changes, need, now_ms)
+        if not changes:
+            self._keep_times(access, live, record, in_sql=in_sql, now_ms=now_ms)
+            return replace(live, record=record)
+        acks = self._homes.write(access, record, live.places, now_ms)
+        outcome = judge_acks(acks, homes=homes, in_sql=in_sql)
+        if outcome is Outcome.CONFLICT:
+            raise _Conflict(ask_sql=False)
+        if outcome is Outcome.SQL_NOW:
+            record = self._write_row_now(access, live, record)
+        self._homes.remove_refused(access, acks)
+        return replace(live, record=record)
+
+    def _to_store(
+        self, access: Access, live: Live, changes: Changes, need: SqlNeed, now_ms: int
+    ) -> tuple[Record, bool]:
+        """The record to write to the homes, and whether SQL has it already."""
+        base = replace(
+            live.record,
+            homes=self._homes.names(access),
+            unverified=live.standing is Standing.UNVERIFIED,
+        )
+        if need is SqlNeed.NONE:
+            return self._steps.changed(base, changes, now_ms), False
+        for_sql = replace(base, last_use_ms=max(base.last_use_ms, now_ms))
+        if live.standing is Standing.AGREED:
+            # Before the changes are applied: the floor may only cover what was seen
+            # on both homes.
+            oldest_ms = now_ms - access.timing.lifetime_ms
+            for_sql = drop_markers(for_sql, oldest_ms)
+        for_sql = self._steps.changed(for_sql, changes, now_ms)
+        try:
+            return self._write_row(access, for_sql), True
+        except SqlUnavailable as error:
+            if need is SqlNeed.REQUIRED:
+                raise self._steps.not_kept(access, error) from error
+            self._observer.count("syncs_put_off")
+            # With its markers: nobody knows whether SQL dropped them too.
+            return self._steps.changed(base, changes, now_ms), False
+
+    def _write_row(self, access: Access, record: Record) -> Record:
+        """Write the row; a row that is not as the record knows it is a conflict."""
+        if record.never_synced:
+            synced = self._durable.insert(access, record)
+        else:
+            synced = self._durable.update(access, record)
+        if synced is None:
+            raise _Conflict(ask_sql=True)
+        return synced
+
+    def _write_row_now(self, access: Access, live: Live, record: Record) -> Record:
+        """SQL takes a change that too few homes took."""
+        if live.standing is Standing.UNVERIFIED:
+            raise self._steps.not_kept(access, "SQL and one of its nodes do not answer")
+        try:
+            return self._write_row(access, record)
+        except SqlUnavailable as error:
+            raise self._steps.not_kept(access, error) from error
+
+    def _keep_times(
+        self, access: Access, live: Live, record: Record, *, in_sql: bool, now_ms: int
+    ) -> None:
+        """Tell the homes that an unchanged session was used, and repair them."""
+        if live.standing is Standing.UNVERIFIED:
+            return
+        refreshed = in_sql or refresh_due(record, access.timing, now_ms)
+        if refreshed:
+            record = replace(record, last_use_ms=max(record.last_use_ms, now_ms))
+        repairs = {name: live.places[name] for name in live.repairs}
+        acks = self._homes.write(access, record, repairs, now_ms)
+        self._observer.count("repaired", list(acks.values()).count(Ack.STORED))
+        if refreshed:
+            others = {n: t for n, t in live.places.items() if n not in repairs}
+            self._homes.tell(access, record, others, now_ms)

@@ -1,0 +1,71 @@
+"""What creating, saving, ending and moving have in common."""
+
+from __future__ import annotations
+
+import random as random_module
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from .access import Access
+from .clock import Clock
+from .durable import Durable
+from .errors import SessionTooLarge, SessionUnavailable
+from .events import Observer, short
+from .homes import Homes
+from .record import NONCE_BITS, Record, apply_changes
+
+#: What a request did to a session: key -> encoded value, or None to delete it.
+Changes: TypeAlias = Mapping[str, bytes | None]
+
+#: A write that meets a concurrent one is read, joined and tried again this often.
+#: Each round some request gets through, so that this is the number of requests that
+#: may write one session at the same moment.
+MAX_ATTEMPTS: Final = 12
+
+#: Why a change was not kept.
+NOBODY: Final = "neither its nodes nor SQL answer"
+TOO_MANY: Final = "too many requests change it at once"
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The parts that every step works with, and the small steps they share.
+
+    :ivar homes: the copies of sessions.
+    :ivar durable: their rows.
+    :ivar max_bytes: largest encoded session.
+    :ivar random: nonces of stamps.
+    """
+
+    homes: Homes
+    durable: Durable
+    max_bytes: int
+    clock: Clock
+    random: random_module.Random
+    observer: Observer
+
+    def changed(self, record: Record, changes: Changes, now_ms: int) -> Record:
+        """The record with the changes under a new stamp.
+
+        :raises SessionTooLarge: it is too large, and larger than before.
+        """
+        if not changes:
+            return record
+        nonce = self.random.getrandbits(NONCE_BITS)
+        changed = apply_changes(record, changes, now_ms, nonce)
+        size = changed.size()
+        # One that is over a lowered limit may still shrink.
+        if size > self.max_bytes and size > record.size():
+            raise SessionTooLarge(size, self.max_bytes)
+        return changed
+
+    def not_kept(self, access: Access, why: object) -> SessionUnavailable:
+        """The error of a change that is not acknowledged.
+
+        :param why: ends the sentence "Session … was not changed: …".
+        """
+        self.observer.count("unavailable")
+        return SessionUnavailable(
+            f"Session {short(access.session_key)} was not changed: {why}."
+        )

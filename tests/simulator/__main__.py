@@ -1,0 +1,47 @@
+"""Long soaks, and one seed with its trace."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+
+from .plan import CLASSES
+from .search import explain, run_seed
+
+
+def main() -> int:
+    """Run schedules until one fails."""
+    parser = argparse.ArgumentParser(prog="python -m tests.simulator")
+    parser.add_argument("--schedules", type=int, default=1000, help="in each class")
+    parser.add_argument("--seed", type=int, default=0, help="the first one")
+    parser.add_argument(
+        "--class", dest="kinds", action="append", choices=[*CLASSES], help="default all"
+    )
+    parser.add_argument("--keep-going", action="store_true", help="do not explain")
+    arguments = parser.parse_args()
+    failed = 0
+    for kind in arguments.kinds or CLASSES:
+        started = time.perf_counter()
+        counts: Counter[str] = Counter()
+        failures: list[str] = []
+        for seed in range(arguments.seed, arguments.seed + arguments.schedules):
+            violation, seen = run_seed(kind, seed)
+            counts += seen
+            if violation is None:
+                continue
+            failures.append(f"  seed {seed}: {violation}")
+            if not arguments.keep_going:
+                print(explain(kind, seed))
+                return 1
+        rate = arguments.schedules / (time.perf_counter() - started)
+        words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        print(f"{kind}: {rate:.0f} schedules/s, {len(failures)} failed; {words}")
+        print("\n".join(failures[:20]), end="\n" if failures else "")
+        failed += len(failures)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""What one seed does: its settings, requests and faults, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from random import Random
+
+from flask_resilient_session.config import Timing
+
+MINUTE = 60_000
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
+
+NODES = ("a", "b", "c")
+WORKERS = 3
+
+#: What a request does, and how often.
+_REQUESTS = {
+    "read": 6,
+    "own": 5,
+    "shared": 4,
+    "delete": 2,
+    "sync": 1,
+    "logout": 0.6,
+    "revoke": 0.3,
+    "regenerate": 0.9,
+    "login": 0.7,
+    "refill": 0.4,
+    "create": 0.6,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of one browser.
+
+    :ivar client: requests of one client come one after the other.
+    :ivar slot: which browser's cookie it carries.
+    :ivar old: an earlier cookie of that browser, where there is one.
+    """
+
+    client: int
+    worker: int
+    slot: int
+    what: str
+    old: bool = False
+
+    def __str__(self) -> str:
+        old = " (old cookie)" if self.old else ""
+        return f"w{self.worker} browser {self.slot}: {self.what}{old}"
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing that the operator, or bad luck, does.
+
+    :ivar pinned: without it the fault assumption would not hold.
+    """
+
+    what: str
+    node: str = ""
+    worker: int = 0
+    amount: int = 0
+    pinned: bool = False
+
+    def __str__(self) -> str:
+        words = [self.what, self.node]
+        if self.what in ("cut", "roll", "reap"):
+            words.append(f"w{self.worker}")
+        if self.amount:
+            words.append(str(self.amount))
+        return " ".join(word for word in words if word)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One schedule, but for the order in which its tasks go on.
+
+    :ivar order: seed of that order.
+    """
+
+    kind: str
+    seed: int
+    order: int
+    timing: Timing
+    skews: tuple[int, ...]
+    marker_limit: int
+    slots: tuple[bool, ...]
+    requests: tuple[Request, ...]
+    actions: tuple[Action, ...]
+
+
+def make_plan(kind: str, seed: int) -> Plan:
+    """The plan of a seed in a class."""
+    rng = Random(f"{kind}/{seed}")
+    slots = tuple(rng.random() < 0.5 for _ in range(rng.choice((1, 1, 1, 2, 3))))
+    clients = rng.randint(2, 5)
+    count = rng.randint(6, 16)
+    kinds, weights = list(_REQUESTS), list(_REQUESTS.values())
+    whats = rng.choices(kinds, weights, k=count)
+    requests = tuple(
+        Request(
+            client=rng.randrange(clients),
+            worker=rng.randrange(WORKERS),
+            slot=rng.randrange(len(slots)),
+            what=what,
+            old=rng.random() < 0.1,
+        )
+        for what in whats
+    )
+    return Plan(
+        kind=kind,
+        seed=seed,
+        order=rng.getrandbits(32),
+        timing=_timing(rng),
+        skews=_skews(rng, kind),
+        marker_limit=rng.choice((0, 1, 256)),
+        slots=slots,
+        requests=requests,
+        actions=tuple(CLASSES[kind](rng)),
+    )
+
+
+def _timing(rng: Random) -> Timing:
+    lifetime = rng.choice((4 * DAY, 20 * DAY))
+    return Timing(
+        lifetime_ms=lifetime,
+        absolute_ms=rng.choice((None, None, None, 2 * lifetime)),
+        sync_ms=rng.choice((0, MINUTE, 5 * MINUTE, 5 * MINUTE)),
+        sync_writes=rng.choice((None, None, 3)),
+        refresh_ms=rng.choice((0, 10 * MINUTE)),
+        reap_grace_ms=HOUR,
+    )
+
+
+def _skews(rng: Random, kind: str) -> tuple[int, ...]:
+    if kind == "memory" or rng.random() < 0.6:
+        return (0,) * WORKERS
+    return tuple(rng.randint(-3, 3) * HOUR for _ in range(WORKERS))
+
+
+# --- classes ---------------------------------------------------------------------
+
+
+def _sleep(rng: Random, most: int = 40) -> Action:
+    return Action("sleep", amount=rng.randint(1, most))
+
+
+def _jump(rng: Random) -> Action:
+    return Action("jump", amount=rng.choice((1000, 2 * MINUTE, 6 * MINUTE, HOUR)))
+
+
+def _nothing(rng: Random) -> list[Action]:
+    """No faults: time goes on."""
+    actions = []
+    for _ in range(rng.randint(0, 3)):
+        actions += [_sleep(rng, 60), _jump(rng)]
+    return actions
+
+
+_NODE_FAULTS = (
+    "crash",
+    "restart",
+    "evict",
+    "cut",
+    "cut",
+    "hang",
+    "lossy",
+    "lossy",
+    "full",
+    "corrupt",
+    "start",
+)
+
+
+def _node_period(
+    rng: Random, node: str, faults: tuple[str, ...], others: tuple[str, ...] = ()
+) -> list[Action]:
+    """One node fails in several ways, heals, and every session is read."""
+    actions = [_sleep(rng)]
+    for _ in range(rng.randint(1, 4)):
+        fault = Action(rng.choice(faults), node, worker=rng.randrange(WORKERS))
+        actions += [fault, _sleep(rng)]
+        if others and rng.random() < 0.7:
+            actions += [Action(rng.choice(others)), _sleep(rng)]
+        if rng.random() < 0.2:
+            actions.append(_jump(rng))
+    if rng.random() < 0.5:
+        actions += [Action("heal", node), _sleep(rng)]
+    actions.append(Action("settle", node, pinned=True))
+    return actions
+
+
+def _one_node(rng: Random) -> list[Action]:
+    """One faulty node at a time."""
+    actions = []
+    for _ in range(rng.randint(1, 3)):
+        actions += _node_period(rng, rng.choice(NODES), _NODE_FAULTS)
+    return actions
+
+
+def _one_node_and_sql(rng: Random) -> list[Action]:
+    """One faulty node at a time, and SQL comes and goes."""
+    actions = []
+    others = ("sql down", "sql up", "sql lossy")
+    for _ in range(rng.randint(1, 3)):
+        if rng.random() < 0.5:
+            actions += [Action(rng.choice(others)), _sleep(rng)]
+        actions += _node_period(rng, rng.choice(NODES), _NODE_FAULTS, others)
+    return actions
+
+
+def _zombie(rng: Random) -> list[Action]:
+    """One node at a time comes back with what it held at an earlier moment."""
+    actions = []
+    faults = ("zombie", "zombie", "cut", "crash", "snapshot")
+    for _ in range(rng.randint(1, 3)):
+        node = rng.choice(NODES)
+        actions += [_sleep(rng), Action("snapshot", node)]
+        actions += _node_period(rng, node, faults)
+    return actions
+
+
+def _memory(rng: Random) -> list[Action]:
+    """All nodes lose their memory at once, with SQL up."""
+    actions = []
+    for _ in range(rng.randint(1, 3)):
+        if rng.random() < 0.7:
+            actions += [_sleep(rng), _jump(rng)]
+        actions += [_sleep(rng), Action("lose memory")]
+    return actions
+
+
+def _full(rng: Random) -> list[Action]:
+    """Nodes refuse writes, all at once too, with SQL up."""
+    actions = []
+    for _ in range(rng.randint(1, 3)):
+        actions += [_sleep(rng), Action("full", rng.choice((*NODES, "all")))]
+        if rng.random() < 0.3:
+            actions.append(_jump(rng))
+        actions += [_sleep(rng), Action("heal", "all")]
+    actions.append(Action("settle", pinned=True))
+    return actions
+
+
+def _ring(rng: Random) -> list[Action]:
+    """The configuration changes by one node, worker by worker."""
+    actions = []
+    for _ in range(rng.randint(1, 3)):
+        actions.append(Action("add or remove", rng.choice((*NODES, "d", "d", "d"))))
+        for worker in rng.sample(range(WORKERS), WORKERS):
+            actions += [
+                _sleep(rng),
+                Action("roll", worker=worker, pinned=True),
+            ]
+            if rng.random() < 0.2:
+                actions.append(_jump(rng))
+        actions.append(Action("settle", pinned=True))
+    return actions
+
+
+def _reaper(rng: Random) -> list[Action]:
+    """Sessions expire while reapers run and a node may fail."""
+    actions = []
+    for _ in range(rng.randint(1, 4)):
+        days = rng.choice((1, 3, 4, 5, 20, 21))
+        jump = days * DAY + rng.choice((-2, 0, 1, 2)) * HOUR
+        actions += [_sleep(rng, 30), Action("jump", amount=jump)]
+        for _ in range(rng.randint(1, 2)):
+            actions.append(Action("reap", worker=rng.randrange(WORKERS)))
+        if rng.random() < 0.4:
+            node = rng.choice(NODES)
+            actions += _node_period(rng, node, ("crash", "restart", "cut", "evict"))
+    return actions
+
+
+CLASSES: dict[str, Callable[[Random], list[Action]]] = {
+    "none": _nothing,
+    "node": _one_node,
+    "node+sql": _one_node_and_sql,
+    "zombie": _zombie,
+    "memory": _memory,
+    "full": _full,
+    "ring": _ring,
+    "reaper": _reaper,
+}
+
+
+# --- shrinking -------------------------------------------------------------------
+
+
+def smaller(plan: Plan) -> list[Plan]:
+    """Plans with one thing less, the largest cuts first."""
+    plans = [replace(plan, actions=())] if plan.actions else []
+    for name in ("requests", "actions"):
+        items = getattr(plan, name)
+        size = len(items)
+        while size:
+            for start in range(0, len(items), size):
+                left = tuple(
+                    item
+                    for index, item in enumerate(items)
+                    if not start <= index < start + size or getattr(item, "pinned", 0)
+                )
+                if len(left) < len(items):
+                    plans.append(replace(plan, **{name: left}))
+            size //= 2
+    if any(plan.skews):
+        plans.append(replace(plan, skews=(0,) * len(plan.skews)))
+    return plans

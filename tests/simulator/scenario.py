@@ -1,0 +1,541 @@
+"""One plan carried out against the real store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from random import Random
+
+from flask_resilient_session import record as record_module
+from flask_resilient_session.access import Access
+from flask_resilient_session.cluster import Cluster
+from flask_resilient_session.codec import encode_value
+from flask_resilient_session.durable import Durable
+from flask_resilient_session.errors import SessionUnavailable
+from flask_resilient_session.events import Observer, logger
+from flask_resilient_session.health import Breaker
+from flask_resilient_session.homes import Homes
+from flask_resilient_session.reaper import Reaper, ReapOptions
+from flask_resilient_session.record import Hit, Keyring, Record, same_state
+from flask_resilient_session.replication import Gone, Live, Standing, Unknown
+from flask_resilient_session.ring import Ring, RingNode
+from flask_resilient_session.store import Store
+
+from .fakes import Database, FakeNode, FakeSql, Server
+from .history import NEVER, History, Line, Session, Violation
+from .plan import NODES, WORKERS, Action, Plan, Request
+from .world import World, WorkerClock, quiet
+
+USER = "_user_id"
+
+_KEYRING = Keyring(["the simulator's secret"], "simulator")
+_NODE_TIMEOUT = 0.25
+_LONGEST_PAUSE = 2.0
+_BUDGET = 10.0
+_SETTLE_TRIES = 8
+
+
+@lru_cache(maxsize=64)
+def _ring(names: frozenset[str]) -> Ring:
+    return Ring([RingNode(name) for name in sorted(names)], 2)
+
+
+class Worker:
+    """One worker process: everything the extension would build."""
+
+    def __init__(self, run: Run, index: int, names: frozenset[str]) -> None:
+        world, clock = run.world, WorkerClock(run.world, run.plan.skews[index])
+        observer = Observer(self)
+
+        def new_breaker() -> Breaker:
+            return Breaker(
+                first_pause=0.5, longest_pause=_LONGEST_PAUSE, tolerated_timeouts=3
+            )
+
+        cluster = Cluster(
+            {name: FakeNode(run.servers[name], index) for name in sorted(names)},
+            new_breaker=new_breaker,
+            node_timeout=_NODE_TIMEOUT,
+            key_prefix="",
+            max_bytes=100_000,
+            clock=clock,
+            random=world.rng,
+            observer=observer,
+        )
+        self.observer = observer
+        self.index = index
+        self.names = names
+        self.clock = clock
+        self.sql = FakeSql(run.database, index)
+        durable = Durable(
+            self.sql,
+            breaker=new_breaker(),
+            concurrency=None,
+            sql_timeout=0.5,
+            user_key=USER,
+            clock=clock,
+            random=world.rng,
+            observer=observer,
+        )
+        self.store = Store(
+            homes=Homes(_ring(names), cluster),
+            durable=durable,
+            max_bytes=100_000,
+            clock=clock,
+            random=world.rng,
+            observer=observer,
+        )
+        self._timing = run.plan.timing
+
+    def access(self, session_key: str) -> Access:
+        """The terms of one request."""
+        deadline = self.clock.monotonic() + _BUDGET
+        return Access(session_key, _KEYRING, self._timing, deadline)
+
+
+@dataclass
+class Slot:
+    """A browser: its cookie, and the cookies it had."""
+
+    session: Session
+    olds: list[Session] = field(default_factory=list)
+
+
+class Run:
+    """One schedule.
+
+    :ivar counts: how requests ended.
+    """
+
+    def __init__(self, plan: Plan, *, traced: bool = False) -> None:
+        self.plan = plan
+        self.world = World(Random(plan.order), traced=traced)
+        self.servers = {name: Server(name, self.world) for name in (*NODES, "d")}
+        self.database = Database(self.world)
+        skew = max(plan.skews) - min(plan.skews)
+        self.history = History(self.world, plan.timing, skew)
+        self.database.on_live = self.history.row_appears
+        self.names = frozenset(NODES)
+        self.workers = [Worker(self, index, self.names) for index in range(WORKERS)]
+        self.slots: list[Slot] = []
+        self.counts: Counter[str] = Counter()
+        self.active = 0
+        self.held = False
+        self._clients = 0
+        self._values = 0
+
+    def go(self) -> None:
+        """Carry out the plan.
+
+        :raises Violation: a guarantee was broken.
+        """
+        limit = record_module.MARKER_LIMIT
+        record_module.MARKER_LIMIT = self.plan.marker_limit  # type: ignore[misc]
+        try:
+            with quiet(logger):
+                self.world.run(self._operate)
+        finally:
+            record_module.MARKER_LIMIT = limit  # type: ignore[misc]
+        if self.plan.kind == "none" and self.counts["unavailable"]:
+            raise Violation("G7", "unavailable without a fault")
+
+    def _new_key(self) -> str:
+        return f"{self.world.rng.getrandbits(256):064x}"
+
+    def _new_value(self) -> bytes:
+        self._values += 1
+        return b"%d" % self._values
+
+    # --- the operator ------------------------------------------------------------
+
+    def _operate(self) -> None:
+        for index, required in enumerate(self.plan.slots):
+            session = self._create(self.workers[index % WORKERS], required=required)
+            assert session is not None
+            self.slots.append(Slot(session))
+        clients: dict[int, list[Request]] = {}
+        for request in self.plan.requests:
+            clients.setdefault(request.client, []).append(request)
+        self._clients = len(clients)
+        for number, requests in clients.items():
+            self.world.spawn(f"client {number}", self._client(requests))
+        for action in self.plan.actions:
+            if action.what != "sleep":
+                self.world.log("-- {}", action)
+            self._act(action)
+        self.world.wait(lambda: not self._clients and not self.active)
+        self._finish()
+
+    def _client(self, requests: list[Request]) -> Callable[[], None]:
+        def run() -> None:
+            for request in requests:
+                self.world.wait(lambda: not self.held)
+                self.active += 1
+                self.world.step += 1
+                self._request(request)
+                self.active -= 1
+                self.world.pause()
+            self._clients -= 1
+
+        return run
+
+    def _act(self, action: Action) -> None:
+        world = self.world
+        what = action.what
+        if what == "sleep":
+            until = world.step + action.amount
+            world.wait(lambda: world.step >= until or not self._clients)
+        elif what == "jump":
+            self._hold()
+            world.deliver_all()
+            world.wall_ms += action.amount
+            self.held = False
+        elif what == "lose memory":
+            for server in self.servers.values():
+                server.restart()
+            self.history.memory_lost()
+        elif what.startswith("sql "):
+            self._act_on_sql(what)
+        elif what == "add or remove":
+            changed = self.names ^ {action.node}
+            if len(changed) >= 2:
+                self.names = changed
+        elif what == "roll":
+            self._roll(action.worker)
+        elif what == "reap":
+            self._spawn_reaper(action.worker)
+        elif what == "settle":
+            self._settle()
+        else:
+            names = self.servers if action.node == "all" else [action.node]
+            for name in names:
+                self._act_on_node(what, self.servers[name], action.worker)
+
+    def _act_on_sql(self, what: str) -> None:
+        self.database.heal()
+        if what == "sql down":
+            self.database.down = True
+        elif what == "sql lossy":
+            self.database.lossy = 0.4
+
+    def _act_on_node(self, what: str, server: Server, worker: int) -> None:
+        if what in ("evict", "corrupt"):
+            for key in sorted(server.items):
+                if self.world.rng.random() < 0.6:
+                    getattr(server, what)(key)
+        elif what in ("crash", "restart", "zombie", "snapshot", "heal"):
+            getattr(server, what)()
+        elif what == "start":
+            server.up = True
+        elif what == "cut":
+            server.cut ^= {worker}
+        elif what == "hang":
+            server.hung = not server.hung
+        elif what == "lossy":
+            server.lossy = 0.5
+        else:
+            assert what == "full", what
+            server.full = True
+
+    def _roll(self, index: int) -> None:
+        worker = self.workers[index]
+        if worker.names != self.names:
+            self.workers[index] = Worker(self, index, self.names)
+
+    def _hold(self) -> None:
+        """Wait until no request is under way, and let none begin."""
+        self.held = True
+        self.world.wait(lambda: not self.active)
+
+    def _settle(self) -> None:
+        """All is well again, every worker knows it, and every session is read."""
+        world = self.world
+        self._hold()
+        # A delete that lands later would be one more fault of that node.
+        world.deliver_all("delete")
+        for server in self.servers.values():
+            server.heal()
+        self.database.heal()
+        world.spend(_LONGEST_PAUSE)
+        for worker in self.workers:
+            self._probe(worker)
+        self.held = False
+        for session in list(self.history.sessions):
+            self._read_for_good(session)
+
+    def _probe(self, worker: Worker) -> None:
+        for _ in range(3):
+            access = worker.access("0" * 64)
+            worker.store.peek(access, sorted(worker.names))
+            worker.store.durable.read(access)
+        suspects = worker.store.homes.cluster.suspects()
+        assert not suspects, suspects
+
+    def _read_for_good(self, session: Session) -> None:
+        """Load and save until it worked, by a worker that no fault touches."""
+        for _ in range(_SETTLE_TRIES):
+            self.world.step += 1
+            worker = self.world.rng.choice(self.workers)
+            self.world.log("read {} by w{}", session.name, worker.index)
+            if self._use(worker, session) in ("live", "gone"):
+                return
+        raise Violation("G7", f"{session.name} stays unavailable without a fault")
+
+    def _spawn_reaper(self, index: int) -> None:
+        worker = self.workers[index]
+        reaper = Reaper(
+            worker.sql,
+            worker.store,
+            keyring=_KEYRING,
+            timing=self.plan.timing,
+            clock=worker.clock,
+            observer=worker.observer,
+        )
+
+        def run() -> None:
+            self.active += 1
+            report = reaper.run(ReapOptions(batch_size=2))
+            self.world.log("  reaper of w{}: {}", index, report)
+            self.counts["reaped"] += report.reaped
+            self.counts["renewed"] += report.renewed
+            self.active -= 1
+
+        self.world.spawn(f"reaper of w{index}", run)
+
+    # --- requests ----------------------------------------------------------------
+
+    def _request(self, request: Request) -> None:
+        slot = self.slots[request.slot]
+        worker = self.workers[request.worker]
+        session = slot.session
+        if request.old and slot.olds:
+            session = self.world.rng.choice(slot.olds)
+        self.world.log("{} {}", request, session.name)
+        if request.what == "create":
+            created = self._create(worker, required=self.world.rng.random() < 0.5)
+            if created is not None and session is slot.session:
+                slot.olds.append(slot.session)
+                slot.session = created
+        elif request.what == "revoke":
+            self._end(worker, session, None)
+        else:
+            moved = self._use(worker, session, request.what)
+            if isinstance(moved, Session) and session is slot.session:
+                slot.olds.append(session)
+                slot.session = moved
+
+    def _create(self, worker: Worker, *, required: bool) -> Session | None:
+        world, history = self.world, self.history
+        start, start_ms = world.step, world.wall_ms
+        line, key = Line(), self._new_key()
+        changes = {"s": self._new_value()}
+        if required:
+            changes[USER] = encode_value(USER, f"user {self._values}")
+        writes = history.write(line, changes, start)
+        try:
+            worker.store.create(worker.access(key), changes, required=required)
+        except SessionUnavailable:
+            self._count("unavailable", "create")
+            return None
+        session = history.born(
+            key, line, start=start, start_ms=start_ms, durable=required
+        )
+        history.acknowledge(writes, durable=required)
+        self._count("created", session.name)
+        return session
+
+    def _use(
+        self, worker: Worker, session: Session, what: str = "read"
+    ) -> str | Session:
+        """Load, and do what the request does; a session if it got a new id."""
+        world, history = self.world, self.history
+        start, start_ms = world.step, world.wall_ms
+        access = worker.access(session.key)
+        verdict = worker.store.load(access)
+        session.touched_ms = max(session.touched_ms, world.wall_ms)
+        if isinstance(verdict, Unknown):
+            return self._count("unavailable", "load")
+        if isinstance(verdict, Gone):
+            self._count("gone", session.name, verdict.reason)
+            history.check_gone(session, verdict, start)
+            return "gone"
+        self.world.log("  live {}: {}", session.name, _Shown(verdict))
+        history.check_live(session, verdict, start)
+        history.check_time(session, start_ms)
+        try:
+            if what == "logout":
+                return self._end(worker, session, verdict)
+            if what in ("regenerate", "login", "refill"):
+                return self._move(worker, session, verdict, what, access)
+            return self._save(worker, session, verdict, what, access, start)
+        finally:
+            session.touched_ms = max(session.touched_ms, world.wall_ms)
+
+    def _save(
+        self,
+        worker: Worker,
+        session: Session,
+        live: Live,
+        what: str,
+        access: Access,
+        start: int,
+    ) -> str:
+        history, start_ms = self.history, self.world.wall_ms
+        changes = self._changes(what, live)
+        required = what == "sync"
+        writes = history.write(session.line, changes, start)
+        try:
+            saved = worker.store.save(access, live, changes, required=required)
+        except SessionUnavailable:
+            return self._count("unavailable", what)
+        if isinstance(saved, Gone):
+            self._count("gone", session.name, saved.reason)
+            history.check_gone(session, saved, start)
+            return "gone"
+        if required:
+            history.in_sql(session, start)
+        history.acknowledge(writes, durable=required)
+        history.used(session, start_ms)
+        if saved.standing is Standing.UNVERIFIED:
+            return self._count("unverified", session.name)
+        return self._count("live", session.name)
+
+    def _changes(self, what: str, live: Live) -> dict[str, bytes | None]:
+        if what == "own":
+            return {f"own{self._values}": self._new_value()}
+        if what == "shared":
+            return {"s": self._new_value()}
+        if what == "delete":
+            keys = sorted(live.record.payload().keys() - {USER})
+            if keys:
+                return {self.world.rng.choice(keys): None}
+        return {}
+
+    def _end(self, worker: Worker, session: Session, live: Live | None) -> str:
+        session.end_asked = min(session.end_asked, self.world.step)
+        session.logout_asked = True
+        try:
+            worker.store.end(worker.access(session.key), live)
+        except SessionUnavailable:
+            return self._count("unavailable", "end")
+        session.ended = min(session.ended, self.world.step)
+        return self._count("ended", session.name)
+
+    def _move(
+        self, worker: Worker, session: Session, live: Live, what: str, access: Access
+    ) -> str | Session:
+        world, history = self.world, self.history
+        start, start_ms = world.step, world.wall_ms
+        key = self._new_key()
+        refill = what == "refill"
+        line = Line() if refill else session.line
+        changes: dict[str, bytes | None] = {}
+        if what == "login":
+            self._values += 1
+            changes[USER] = encode_value(USER, f"user {self._values}")
+        elif refill or world.rng.random() < 0.3:
+            changes["s"] = self._new_value()
+        writes = history.write(line, changes, start)
+        session.end_asked = min(session.end_asked, start)
+        try:
+            moved = worker.store.move(
+                access,
+                live,
+                worker.access(key),
+                changes,
+                reason="ended" if refill else "moved",
+                renew_created=what == "login",
+            )
+        except SessionUnavailable:
+            return self._count("unavailable", what)
+        if isinstance(moved, Gone):
+            self._count("gone", session.name, moved.reason)
+            history.check_gone(session, moved, start)
+            return "gone"
+        session.ended = min(session.ended, world.step)
+        if not refill:
+            history.in_sql(session, start)
+        if session.logout_asked:
+            history.excuse(line, start)
+        history.acknowledge(writes, durable=True)
+        born_ms = session.born_ms if what == "regenerate" else start_ms
+        new = history.born(key, line, start=start, start_ms=start_ms, durable=True)
+        new.born_ms = born_ms
+        self._count("moved", f"{session.name} to {new.name}")
+        return new
+
+    def _count(self, what: str, *about: str) -> str:
+        self.counts[what] += 1
+        self.world.log("  => {} {}", what, " ".join(about))
+        return what
+
+    # --- the end -----------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Heal, read everything everywhere, then lose all memory and read again."""
+        world, timing = self.world, self.plan.timing
+        world.log("-- the end: everything heals")
+        world.deliver_all()
+        for index in range(WORKERS):
+            self._roll(index)
+        self._settle()
+        world.deliver_all()
+        for session in self.history.sessions:
+            self._read_everywhere(session)
+        world.log("-- a sync is due")
+        skew = max(self.plan.skews) - min(self.plan.skews)
+        world.wall_ms += timing.sync_ms + 2 * skew + 120_000
+        for session in self.history.sessions:
+            self._read_for_good(session)
+        world.deliver_all()
+        world.wall_ms += timing.sync_ms + 2 * skew + 120_000
+        world.log("-- all memory is lost")
+        for server in self.servers.values():
+            server.restart()
+        self.history.memory_lost()
+        for session in self.history.sessions:
+            self._read_for_good(session)
+
+    def _read_everywhere(self, session: Session) -> None:
+        """Every worker sees the same, and the homes agree on it."""
+        shown = set()
+        for worker in self.workers:
+            self.world.step += 1
+            result = self._use(worker, session)
+            if result == "unavailable":
+                raise Violation("G7", f"{session.name} is unavailable without a fault")
+            self.world.deliver_all()
+            shown.add(str(result))
+        access = self.workers[0].access(session.key)
+        store = self.workers[0].store
+        copies = [
+            reply.copy if isinstance(reply, Hit) else None
+            for reply in store.peek(access, store.homes.names(access)).values()
+        ]
+        live = [copy for copy in copies if isinstance(copy, Record)]
+        if session.ended < NEVER and live:
+            raise Violation("G4", f"{session.name} was ended and a home holds it")
+        if "gone" in shown and not any(self.plan.skews) and len(shown) > 1:
+            raise Violation("G8", f"{session.name} is gone for some workers only")
+        if shown == {"live"} and not (
+            len(live) == 2 and same_state(live[0], live[1])
+        ):
+            raise Violation("G2", f"the homes of {session.name} do not agree at rest")
+
+
+class _Shown:
+    """A live session in words."""
+
+    def __init__(self, live: Live) -> None:
+        self._live = live
+
+    def __str__(self) -> str:
+        live = self._live
+        payload = {
+            key: value.decode(errors="replace")
+            for key, value in live.record.payload().items()
+        }
+        version = f"v{live.record.row_version}"
+        return f"{live.standing.value} {version} {payload} repairs {live.repairs}"

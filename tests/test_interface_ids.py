@@ -1,0 +1,438 @@
+"""Which cookies are believed, and which are sent when an id ends or moves."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flask import session
+from itsdangerous import Signer, TimestampSigner, URLSafeTimedSerializer
+
+from apps import NOTHING, Site, Sites, TimeMachine, key_of
+from servers import Memcached
+
+
+@pytest.fixture
+def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
+    """Applications on two nodes."""
+    with Sites(nodes, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def site(sites: Sites) -> Site:
+    """One application with the defaults."""
+    return sites()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> TimeMachine:
+    """Time that a test moves."""
+    return TimeMachine(monkeypatch)
+
+
+# --- cookies of strangers --------------------------------------------------------
+
+SID = "A" * 43
+FORGED = [
+    "",
+    ".",
+    "x",
+    "null",
+    SID,
+    f"{SID}.",
+    f".{SID}",
+    f"{SID}.{SID}",
+    f"{SID}{SID}{SID}",
+    f"{'é' * 43}.{SID}",
+    f"{SID}.{'é' * 43}",
+    "\x00" * 87,
+    "x" * 8000,
+    Signer("another key").sign(SID).decode(),
+    TimestampSigner("another key").sign(SID).decode(),
+    URLSafeTimedSerializer("another key").dumps({"a": 1}),
+    "../../../../etc/passwd",
+    "%00%0d%0aSet-Cookie: a=b",
+    '"quoted"',
+]
+
+
+@pytest.mark.parametrize("cookie", FORGED)
+def test_a_cookie_that_is_not_ours_is_a_stranger(site: Site, cookie: str) -> None:
+    """Forged, malformed, ancient or huge: anonymous, no I/O, no error, no cookie."""
+
+    def call() -> None:
+        headers = {"Cookie": f"session={cookie}"}
+        response = site.app.test_client().get("/", headers=headers)
+        assert (response.status_code, response.json) == (200, {})
+        assert "Set-Cookie" not in response.headers
+
+    assert site.cost(call) == NOTHING
+
+
+def test_flasks_own_cookie_is_a_stranger(site: Site) -> None:
+    """A cookie of Flask's default sessions under the same key means nothing here."""
+    serializer = URLSafeTimedSerializer(str(site.app.secret_key), salt="cookie-session")
+    browser = site.browser_with(serializer.dumps({"_user_id": "1"}))
+    assert site.cost(lambda: site.data(browser)) == NOTHING
+
+
+@pytest.mark.parametrize("position", [0, 42, 43, 44, 86])
+def test_one_changed_character_makes_a_stranger(site: Site, position: int) -> None:
+    """Every character of id and signature counts."""
+    site.set(a=1)
+    good = str(site.cookie())
+    other = "A" if good[position] != "A" else "Q"
+    bad = good[:position] + other + good[position + 1 :]
+    assert site.cost(lambda: site.data(site.browser_with(bad))) == NOTHING
+    assert site.data(site.browser_with(bad)) == {}
+
+
+def test_a_stranger_that_stores_something_gets_an_id_of_ours(site: Site) -> None:
+    """An id is never taken from a cookie that we did not sign."""
+    browser = site.browser_with(f"{SID}.{SID}")
+    site.set(browser, a=1)
+    assert site.sid(browser) != SID
+    assert site.data(browser) == {"a": 1}
+
+
+def test_a_well_signed_id_without_a_session_is_not_adopted(site: Site) -> None:
+    """An id that nobody knows is gone; what is stored then gets a new one."""
+    sid = secrets.token_urlsafe(32)
+    cookie = site.signer.sign(sid)
+    browser = site.browser_with(cookie)
+    assert site.data(browser) == {}
+    site.set(browser, a=1)
+    assert site.sid(browser) != sid
+    assert site.data(site.browser_with(cookie)) == {}
+
+
+def test_a_signed_value_that_is_no_id_is_a_stranger(site: Site) -> None:
+    """A good signature over something that is not an id of ours is not enough."""
+    signer = site.signer
+    for value in ("é" * 21 + "x", "a.b" * 14 + "x", " " * 43, "a" * 42, "a" * 44):
+        browser = site.browser_with(signer._signer.sign(value).decode())
+        assert site.cost(lambda b=browser: site.data(b)) == NOTHING
+
+
+# --- clear, empty ----------------------------------------------------------------
+
+
+def test_clear_ends_the_session(site: Site) -> None:
+    """Logout: cookie deleted, the id dead for good, in SQL too."""
+    site.set(a=1)
+    old = str(site.cookie())
+    header = site.visit(lambda: session.clear()).headers["Set-Cookie"]
+    assert "Max-Age=0" in header
+    assert site.cookie() is None
+    assert site.data(site.browser_with(old)) == {}
+    row = site.rows()[key_of(old.split(".")[0])]
+    assert row.revoked_at is not None
+    assert row.record is None
+
+
+def test_clear_without_a_session_costs_nothing(site: Site) -> None:
+    """A visitor who is not logged in logs out."""
+    assert site.cost(lambda: site.visit(lambda: session.clear())) == NOTHING
+
+
+def test_clear_and_refill_is_a_new_session(site: Site) -> None:
+    """Flask's tutorial logs in this way: new id, old one dead, old data gone."""
+    site.set(cart=[1])
+    old = site.cookie()
+
+    def login() -> None:
+        session.clear()
+        session["user_id"] = 7
+
+    assert site.visit(login).status_code == 200
+    assert site.cookie() not in (None, old)
+    assert site.data() == {"user_id": 7}
+    assert site.data(site.browser_with(old)) == {}
+
+
+def test_the_tutorials_login_works_without_a_session_before(site: Site) -> None:
+    """Clearing nothing and storing something is simply a new session."""
+
+    def login() -> None:
+        session.clear()
+        session["user_id"] = 7
+
+    site.visit(login)
+    assert site.data() == {"user_id": 7}
+
+
+def test_taking_the_last_key_ends_the_session(site: Site) -> None:
+    """Empty at save is ended, however it became empty."""
+    site.set(a=1)
+    old = site.cookie()
+    site.visit(lambda: str(session.pop("a")))
+    assert site.cookie() is None
+    assert site.data(site.browser_with(old)) == {}
+
+
+def test_only_permanent_stores_nothing(site: Site) -> None:
+    """session.permanent alone is no session: no cookie, no copy, no row."""
+
+    def action() -> None:
+        session.permanent = True
+
+    def call() -> None:
+        assert "Set-Cookie" not in site.visit(action).headers
+
+    assert site.cost(call) == NOTHING
+
+
+def test_only_permanent_left_ends_the_session(site: Site) -> None:
+    """What is left after the last real key went counts as empty."""
+    site.visit(lambda: session.update(_permanent=True, a=1))
+    old = site.cookie()
+    site.visit(lambda: str(session.pop("a")))
+    assert site.cookie() is None
+    assert site.data(site.browser_with(old)) == {}
+
+
+# --- user key --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "action",
+    [
+        lambda: session.update(_user_id="2"),
+        lambda: session.pop("_user_id") and None,
+        lambda: session.update(_user_id=3),
+    ],
+)
+def test_a_change_of_the_user_moves_the_session(site: Site, action: Any) -> None:
+    """Changing or removing the user gives a new id with the rest of the data."""
+    site.set(_user_id="1", cart=[1])
+    old = site.cookie()
+    site.visit(action)
+    assert site.cookie() not in (None, old)
+    assert site.data()["cart"] == [1]
+    assert site.data(site.browser_with(old)) == {}
+
+
+def test_login_moves_the_session_and_syncs(site: Site) -> None:
+    """A visitor's id dies at login; the row of the new one names the user."""
+    site.set(cart=[1])
+    old = site.cookie()
+    site.set(_user_id=42)
+    assert site.cookie() != old
+    assert site.data() == {"_user_id": 42, "cart": [1]}
+    assert site.rows()[key_of(site.sid())].user_id == "42"
+    assert site.data(site.browser_with(old)) == {}
+
+
+def test_setting_the_same_user_again_changes_nothing(site: Site) -> None:
+    """Only a change of the value counts."""
+    site.set(_user_id="1")
+    old = site.cookie()
+    site.set(_user_id="1", b=2)
+    assert site.cookie() == old
+
+
+def test_without_regenerate_on_login_the_id_stays_and_sql_hears(sites: Sites) -> None:
+    """The setting off keeps the id; the change is synced all the same."""
+    site = sites(RESILIENT_SESSION_REGENERATE_ON_LOGIN=False)
+    site.set(cart=[1])
+    site.data()
+    old = site.cookie()
+    for user in ("1", "2", None):
+        if user is None:
+            site.visit(lambda: session.pop("_user_id") and None)
+        else:
+            site.set(_user_id=user)
+        assert site.cookie() == old
+        assert site.rows()[key_of(site.sid())].user_id == user
+
+
+def test_another_user_key_can_be_named(sites: Sites) -> None:
+    """RESILIENT_SESSION_USER_KEY names the key that holds the user."""
+    site = sites(RESILIENT_SESSION_USER_KEY="uid")
+    site.set(a=1)
+    old = site.cookie()
+    site.set(_user_id="9")
+    assert site.cookie() == old
+    site.set(uid="9")
+    assert site.cookie() != old
+
+
+# --- regenerate ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_interface", [False, True])
+def test_regenerate_moves_the_session(site: Site, by_interface: bool) -> None:
+    """New id, same data; the old id is dead."""
+    site.set(a=1)
+    old = site.cookie()
+    seen: list[str] = []
+
+    def action() -> None:
+        if by_interface:
+            current: Any = session
+            site.state.interface.regenerate(current._get_current_object())
+        else:
+            session.regenerate()  # type: ignore[attr-defined]
+        seen.append(session.sid)  # type: ignore[attr-defined]
+
+    site.visit(action)
+    assert site.sid() == seen[0]
+    assert site.cookie() != old
+    assert site.data() == {"a": 1}
+    assert site.data(site.browser_with(old)) == {}
+
+
+def test_regenerating_nothing_stores_nothing(site: Site) -> None:
+    """There is no session to move: no cookie and no row."""
+
+    def call() -> None:
+        response = site.visit(lambda: session.regenerate())  # type: ignore[attr-defined]
+        assert "Set-Cookie" not in response.headers
+
+    assert site.cost(call) == NOTHING
+
+
+def test_sync_writes_sql_at_once(site: Site) -> None:
+    """session.sync() does not wait for the interval."""
+    site.set(a=1)
+    site.data()
+    version = site.rows()[key_of(site.sid())].version
+    site.visit(lambda: session.sync())  # type: ignore[attr-defined]
+    assert site.rows()[key_of(site.sid())].version == version + 1
+
+
+# --- ended or moved meanwhile ----------------------------------------------------
+
+
+def test_ended_meanwhile_sends_no_cookie(site: Site) -> None:
+    """Another request logged out between our load and save: the change is dropped."""
+    site.set(a=1)
+    other = site.browser_with(site.cookie())
+    old = site.cookie()
+
+    def action() -> None:
+        session["b"] = 2
+        site.visit(lambda: session.clear(), browser=other)
+
+    response = site.visit(action)
+    assert response.status_code == 200
+    assert "Set-Cookie" not in response.headers
+    assert site.state.observer.stats["dropped_changes"] == 1
+    assert site.data(site.browser_with(old)) == {}
+
+
+def test_ended_meanwhile_but_this_request_logs_in(site: Site) -> None:
+    """A login is not lost to a logout elsewhere: a new session with the user."""
+    site.set(a=1)
+    other = site.browser_with(site.cookie())
+    old = site.cookie()
+
+    def action() -> None:
+        session["_user_id"] = "7"
+        site.visit(lambda: session.clear(), browser=other)
+
+    assert "Set-Cookie" in site.visit(action).headers
+    assert site.cookie() not in (None, old)
+    assert site.data()["_user_id"] == "7"
+    assert site.data(site.browser_with(old)) == {}
+
+
+def test_moved_meanwhile_sends_no_cookie(site: Site) -> None:
+    """Another request got the new id: ours must not overwrite its cookie."""
+    site.set(a=1)
+    other = site.browser_with(site.cookie())
+
+    def action() -> None:
+        session["b"] = 2
+        site.set(other, _user_id="7")
+
+    assert "Set-Cookie" not in site.visit(action).headers
+    assert site.data(other)["_user_id"] == "7"
+
+
+def test_moved_meanwhile_but_this_request_logs_in(site: Site) -> None:
+    """Two logins at once from one browser: the second gets a session as well."""
+    site.set(a=1)
+    other = site.browser_with(site.cookie())
+
+    def action() -> None:
+        session["_user_id"] = "8"
+        site.set(other, _user_id="7")
+
+    assert "Set-Cookie" in site.visit(action).headers
+    assert site.data() == {"a": 1, "_user_id": "8"}
+    assert site.data(other) == {"a": 1, "_user_id": "7"}
+
+
+# --- arrives ended or moved ------------------------------------------------------
+
+
+def test_arriving_ended_gets_a_new_session_at_once(site: Site) -> None:
+    """A tab that missed the logout and stores something starts afresh."""
+    site.set(a=1)
+    stale = site.browser_with(site.cookie())
+    old = site.cookie()
+    site.visit(lambda: session.clear())
+    assert site.data(stale) == {}
+    assert "Set-Cookie" in site.set(stale, b=2).headers
+    assert site.cookie(stale) != old
+    assert site.data(stale) == {"b": 2}
+    assert site.data(site.browser_with(old)) == {}
+
+
+def test_arriving_moved_stores_nothing_for_a_minute(
+    site: Site, clock: TimeMachine
+) -> None:
+    """A request sent before its browser knew the new id: no cookie, then one."""
+    site.set(a=1)
+    stale = site.browser_with(site.cookie())
+    site.set(_user_id="7")
+    for seconds in (1, 58):
+        clock.forward(seconds)
+        assert "Set-Cookie" not in site.set(stale, b=2).headers
+        response = site.visit(lambda: session.clear(), browser=stale)
+        assert "Set-Cookie" not in response.headers
+    clock.forward(2)
+    assert "Set-Cookie" in site.set(stale, b=2).headers
+    assert site.data(stale) == {"b": 2}
+    assert site.data() == {"a": 1, "_user_id": "7"}
+
+
+def test_arriving_moved_and_logging_in_gets_a_session(site: Site) -> None:
+    """Setting the user is worth a cookie also in that minute."""
+    site.set(a=1)
+    stale = site.browser_with(site.cookie())
+    site.set(_user_id="7")
+    assert "Set-Cookie" in site.set(stale, _user_id="8").headers
+    assert site.data(stale) == {"_user_id": "8"}
+
+
+def test_an_expired_session_is_gone(site: Site, clock: TimeMachine) -> None:
+    """Past the idle lifetime there is an empty session, and a new id if it stores."""
+    site.set(a=1)
+    old = site.cookie()
+    lifetime = site.app.permanent_session_lifetime.total_seconds()
+    clock.forward(lifetime - 100)
+    assert site.data() == {"a": 1}
+    clock.forward(lifetime + 1)
+    assert site.data() == {}
+    site.set(b=2)
+    assert site.cookie() != old
+    assert site.data() == {"b": 2}
+
+
+def test_the_absolute_lifetime_ends_a_busy_session(
+    sites: Sites, clock: TimeMachine
+) -> None:
+    """However busy: it ends this long after its creation."""
+    site = sites(RESILIENT_SESSION_ABSOLUTE_LIFETIME=3600)
+    site.set(a=1)
+    for _ in range(3):
+        clock.forward(1000)
+        assert site.data() == {"a": 1}
+    clock.forward(601)
+    assert site.data() == {}
