@@ -30,6 +30,7 @@ from .interface import ResilientSessionInterface
 from .reaper import ReapOptions, ReapReport
 from .revocation import SessionInfo
 from .session import Session
+from .trace import SessionTrace
 
 __all__ = [
     "ConfigurationError",
@@ -41,6 +42,7 @@ __all__ = [
     "Session",
     "SessionInfo",
     "SessionTooLarge",
+    "SessionTrace",
     "SessionUnavailable",
     "SetupError",
     "node_down",

@@ -35,13 +35,7 @@ __all__ = [
 PREFIX = "RESILIENT_SESSION_"
 
 #: Settings whose feature is not built: key -> why only the default is allowed.
-UNAVAILABLE_FEATURES: Mapping[str, str] = MappingProxyType(
-    {
-        "RESILIENT_SESSION_OUTAGE_TRUST": (
-            "trusting a copy during an outage is not available in this version"
-        ),
-    }
-)
+UNAVAILABLE_FEATURES: Mapping[str, str] = MappingProxyType({})
 
 # Durations are in seconds, sizes in bytes, lengths in characters.
 

@@ -19,6 +19,7 @@ from .clock import Clock
 from .codec import decode_value
 from .errors import SqlUnavailable
 from .events import Observer, logger, short
+from .flights import Flights
 from .health import Breaker
 from .record import (
     CorruptBytes,
@@ -72,6 +73,8 @@ class Durable:
 
     :param concurrency: reads at once; None for no bound but the pool's.
     :param user_key: the session key that holds the user.
+    :param flights: shares one answer among concurrent reads of a session; only where
+        nodes hold the copies, since an answer may be as old as the question.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class Durable:
         clock: Clock,
         random: random_module.Random,
         observer: Observer,
+        flights: Flights[RowAnswer] | None = None,
     ) -> None:
         self._sql = sql
         self._breaker = breaker
@@ -92,6 +96,7 @@ class Durable:
             None if concurrency is None else threading.BoundedSemaphore(concurrency)
         )
         self._sql_timeout = sql_timeout
+        self._flights = flights
         self._user_key = user_key
         self._clock = clock
         self._random = random
@@ -99,6 +104,16 @@ class Durable:
 
     def read(self, access: Access) -> RowAnswer:
         """What SQL says about a session; silence is an answer, not an error."""
+        if self._flights is None:
+            return self._read(access)
+        answer = self._flights.share(
+            access.session_key,
+            lambda: self._read(access),
+            wait=min(self._sql_timeout, access.deadline - self._clock.monotonic()),
+        )
+        return answer or SqlSilent("it did not answer another request for the same")
+
+    def _read(self, access: Access) -> RowAnswer:
         try:
             with self._place(access.deadline):
                 row = self._guarded(
@@ -139,6 +154,7 @@ class Durable:
         inserted = self._guarded(
             lambda until: self._sql.insert(row, until), access.deadline
         )
+        self._written(access)
         return self._counted(synced) if inserted else None
 
     def update(self, access: Access, record: Record) -> Record | None:
@@ -154,6 +170,7 @@ class Durable:
         updated = self._guarded(
             lambda until: self._sql.update(row, seen, until), access.deadline
         )
+        self._written(access)
         return self._counted(synced) if updated else None
 
     def bury(self, access: Access, tombstone: Tombstone, record: Record | None) -> None:
@@ -168,6 +185,7 @@ class Durable:
             lambda until: self._sql.bury(row, until, has_row=has_row),
             access.deadline,
         )
+        self._written(access)
 
     def move(
         self,
@@ -193,7 +211,13 @@ class Durable:
             ),
             new.deadline,
         )
+        self._written(old)
         return self._counted(synced) if moved else None
+
+    def _written(self, access: Access) -> None:
+        """Who asks from now on must not get an answer from before the write."""
+        if self._flights is not None:
+            self._flights.leave(access.session_key)
 
     def _counted(self, record: Record) -> Record:
         self._observer.count("synced")

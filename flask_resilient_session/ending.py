@@ -37,6 +37,7 @@ class Ender:
         self._durable = steps.durable
         self._clock = steps.clock
         self._observer = steps.observer
+        self._trust = steps.trust
 
     # --- end ---------------------------------------------------------------------
 
@@ -52,6 +53,7 @@ class Ender:
         :param also: other nodes that may hold a copy, for who ends it from outside.
         :returns: names of the nodes that did not take the tombstone.
         """
+        self._trust.forget(access.session_key)
         homes = self._homes.names(access)
         names = tuple(dict.fromkeys((*homes, *also)))
         tombstone = Tombstone("ended", self._clock.now_ms())
@@ -87,6 +89,7 @@ class Ender:
         :returns: the new session, or Gone: the old one was dead already and there is
             no new one.
         """
+        self._trust.forget(old.session_key)
         for _ in range(MAX_ATTEMPTS):
             if live.standing is Standing.UNVERIFIED:
                 raise self._steps.not_kept(old, "SQL does not answer")

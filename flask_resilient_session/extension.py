@@ -23,6 +23,7 @@ from .durable import Durable
 from .engines import app_engine, default_engine, table_for
 from .errors import ConfigurationError, SessionUnavailable, SetupError
 from .events import Observer, Stats, logger
+from .flights import Flights
 from .health import Breaker
 from .homes import Homes
 from .interface import ResilientSessionInterface
@@ -212,6 +213,7 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         clock=clock,
         random=chance,
         observer=observer,
+        flights=Flights() if settings.nodes else None,
     )
     store = Store(
         homes=Homes(ring, cluster),
@@ -220,6 +222,7 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         clock=clock,
         random=chance,
         observer=observer,
+        outage_trust=settings.outage_trust,
     )
     keys = Keys(settings)
     interface = ResilientSessionInterface(settings, store, keys, clock, observer)

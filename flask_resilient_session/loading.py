@@ -22,9 +22,11 @@ from .replication import (
     Standing,
     Unknown,
     confirmed,
+    expires_ms,
     judge_copies,
     judge_row,
 )
+from .trust import Trust
 
 
 class Loader:
@@ -32,13 +34,21 @@ class Loader:
 
     :param homes: its copies.
     :param durable: its row.
+    :param trust: remembers what SQL vouched for.
     """
 
     def __init__(
-        self, homes: Homes, durable: Durable, *, clock: Clock, observer: Observer
+        self,
+        homes: Homes,
+        durable: Durable,
+        *,
+        trust: Trust,
+        clock: Clock,
+        observer: Observer,
     ) -> None:
         self._homes = homes
         self._durable = durable
+        self._trust = trust
         self._clock = clock
         self._observer = observer
 
@@ -52,6 +62,8 @@ class Loader:
         verdict = judge_copies(replies, access.timing, self._clock.now_ms())
         if isinstance(verdict, Gone):
             return self._spread(access, verdict)
+        if verdict is None and not ask_sql:
+            verdict = self._trusted(access, replies)
         if verdict is not None and not ask_sql:
             self._observer.count("loaded_from_memory")
             return verdict
@@ -60,6 +72,14 @@ class Loader:
     def peek(self, access: Access, names: Sequence[str]) -> dict[str, Reply]:
         """What these nodes hold for a session; changes nothing."""
         return self._homes.read(access, names)
+
+    def _trusted(self, access: Access, replies: Mapping[str, Reply]) -> Live | None:
+        """The lone copy while a home is down, if SQL vouched for it just now."""
+        now = self._clock.monotonic()
+        record = self._trust.trusted(access.session_key, replies, now)
+        if record is None or expires_ms(record, access.timing) <= self._clock.now_ms():
+            return None
+        return confirmed(record, replies)
 
     def _widen(
         self, access: Access, replies: Mapping[str, Reply]
@@ -76,6 +96,8 @@ class Loader:
         elif verdict.standing is Standing.UNVERIFIED:
             self._observer.count("loaded_unverified")
         else:
+            now = self._clock.monotonic()
+            self._trust.vouch(access.session_key, verdict.record, now)
             self._observer.count("loaded_from_sql")
             self._observer.send(session_recovered, session=short(access.session_key))
         return verdict
@@ -102,6 +124,7 @@ class Loader:
 
     def _spread(self, access: Access, gone: Gone) -> Gone:
         """Tell the homes that a session is gone, and pay a tombstone's debt to SQL."""
+        self._trust.forget(access.session_key)
         tombstone, names = gone.tombstone, gone.spread
         if tombstone is None:
             self._homes.note_missing(access, gone.noted_at, self._clock.now_ms())

@@ -195,7 +195,7 @@ def judge_copies(
     """
     tombstone = _tombstone(replies)
     if tombstone is not None:
-        return _buried(tombstone, replies, now_ms)
+        return _buried(tombstone, replies)
     hits = [reply for reply in replies.values() if isinstance(reply, Hit)]
     if len(hits) != len(replies) or len(hits) < PAIR:
         return None
@@ -222,7 +222,10 @@ def judge_row(
     """What homes and SQL together say, where the homes alone did not settle it."""
     copies = [hit.copy for _, hit in _hits(replies) if isinstance(hit.copy, Record)]
     if isinstance(row, RowDead):
-        return _buried(row.tombstone, replies, now_ms)
+        moved = row.tombstone.reason == "moved"
+        age_ms = now_ms - row.tombstone.ended_ms
+        moving = moved and age_ms < MOVE_AT_WORK_MS
+        return _buried(row.tombstone, replies, moving=moving)
     if isinstance(row, SqlSilent):
         if not copies:
             return Unknown()
@@ -238,8 +241,12 @@ def judge_row(
         if not copies:
             return Gone("missing")
         record = replace(_join_all(copies), row_version=row.version)
+        record = replace(record, writes=max(record.writes, 1))
     else:
         record = _join_all([row.record, *copies])
+        if not same_state(record, row.record):
+            # The row is behind, which the bookkeeping of its own sync does not say.
+            record = replace(record, writes=max(record.writes, 1))
     if expires_ms(record, timing) <= now_ms:
         return Gone("expired")
     if isinstance(row, RowMissing):
@@ -303,12 +310,15 @@ def _tombstone(replies: Mapping[str, Reply]) -> Tombstone | None:
     return found
 
 
-def _buried(tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int) -> Gone:
-    # A move buries the old copies by compare-and-swap, to find what others had
-    # acknowledged there meanwhile. Nobody else may bury them while it is at work.
-    moving = (
-        tombstone.reason == "moved" and now_ms - tombstone.ended_ms < MOVE_AT_WORK_MS
-    )
+def _buried(
+    tombstone: Tombstone, replies: Mapping[str, Reply], *, moving: bool = False
+) -> Gone:
+    """Gone, and the homes to tell.
+
+    :param moving: the request that moves the session may still be at work. It buries
+        the old copies by compare-and-swap, to find what others had acknowledged there
+        meanwhile, so that nobody else may bury them now.
+    """
     spread = []
     for name, reply in replies.items():
         live = isinstance(reply, Hit) and isinstance(reply.copy, Record)
@@ -362,7 +372,8 @@ def sql_need(
     ):
         return SqlNeed.DUE
     if timing.sync_ms == 0 or homes < PAIR:
-        due = changed or refresh_due(record, timing, now_ms)
+        behind = changed or record.writes > 0
+        due = behind or refresh_due(record, timing, now_ms)
     else:
         due = now_ms - record.synced_ms >= timing.sync_ms
     return SqlNeed.DUE if due else SqlNeed.NONE

@@ -46,6 +46,7 @@ class Saver:
         self._durable = steps.durable
         self._clock = steps.clock
         self._observer = steps.observer
+        self._trust = steps.trust
 
     # --- create ------------------------------------------------------------------
 
@@ -180,6 +181,7 @@ class Saver:
             synced = self._durable.update(access, record)
         if synced is None:
             raise _Conflict(ask_sql=True)
+        self._trust.vouch(access.session_key, synced, self._clock.monotonic())
         return synced
 
     def _write_row_now(self, access: Access, live: Live, record: Record) -> Record:

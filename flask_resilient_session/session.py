@@ -116,6 +116,12 @@ class Session(dict[str, Any], SessionMixin):
         self._writable()
         self.sync_wanted = True
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy, a deep copy or a pickle of a session is a dict: there is one session
+        # object for one request.
+        self.ensure_loaded()
+        return (dict, (dict(self),))
+
     # --- for the interface -------------------------------------------------------
 
     def ensure_loaded(self) -> None:
@@ -129,6 +135,7 @@ class Session(dict[str, Any], SessionMixin):
         """
         data = decode(stored)
         self.__class__ = LoadedSession
+        dict.clear(self)
         self._sid = sid
         self._stored = stored
         self.new = sid is None
@@ -141,6 +148,7 @@ class Session(dict[str, Any], SessionMixin):
     def become_unavailable(self) -> None:
         """Become empty and read-only."""
         self.__class__ = UnavailableSession
+        dict.clear(self)
 
     def changes(self) -> dict[str, bytes | None]:
         """Key -> encoded value, None for a removed key; nothing if not modified.
@@ -259,6 +267,18 @@ class UnavailableSession(Session):
 class LazySession(Session):
     """A session that nobody has looked into yet."""
 
+    def __init__(self, visit: Visit) -> None:
+        super().__init__(visit)
+        # Code in C that asks for dict's own size, as json's encoder does before it
+        # asks for the items, must not take it for empty.
+        dict.__setitem__(self, "", None)
+
+    @property
+    def new(self) -> bool:  # type: ignore[override]
+        """Whether nothing is stored under its id yet; loads to find out."""
+        self.ensure_loaded()
+        return self.new
+
     def ensure_loaded(self) -> None:
         """Load the data."""
         self.accessed = True
@@ -271,7 +291,7 @@ _DATA_METHODS: Final = (
     *("__ior__", "__iter__", "__le__", "__len__", "__lt__", "__ne__", "__or__"),
     *("__repr__", "__reversed__", "__ror__", "__setitem__", "__str__", "clear"),
     *("copy", "get", "items", "keys", "pop", "popitem", "setdefault", "update"),
-    *("values", "__reduce_ex__"),
+    "values",
 )
 
 

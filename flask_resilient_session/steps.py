@@ -14,6 +14,7 @@ from .errors import SessionTooLarge, SessionUnavailable
 from .events import Observer, short
 from .homes import Homes
 from .record import NONCE_BITS, Record, apply_changes
+from .trust import Trust
 
 #: What a request did to a session: key -> encoded value, or None to delete it.
 Changes: TypeAlias = Mapping[str, bytes | None]
@@ -34,12 +35,14 @@ class Steps:
 
     :ivar homes: the copies of sessions.
     :ivar durable: their rows.
+    :ivar trust: remembers what SQL vouched for.
     :ivar max_bytes: largest encoded session.
     :ivar random: nonces of stamps.
     """
 
     homes: Homes
     durable: Durable
+    trust: Trust
     max_bytes: int
     clock: Clock
     random: random_module.Random

@@ -18,6 +18,7 @@ from .homes import Homes
 from .loading import Loader
 from .saving import Saver
 from .steps import Changes, Steps
+from .trust import Trust
 
 
 class Store:
@@ -30,6 +31,8 @@ class Store:
     :param durable: their rows.
     :param max_bytes: largest encoded session.
     :param random: nonces of stamps.
+    :param outage_trust: seconds for which a lone copy is trusted while its other home
+        is down, after SQL vouched for it.
     """
 
     def __init__(
@@ -41,11 +44,13 @@ class Store:
         clock: Clock,
         random: random_module.Random,
         observer: Observer,
+        outage_trust: float = 0,
     ) -> None:
         self.homes = homes
         self.durable = durable
-        steps = Steps(homes, durable, max_bytes, clock, random, observer)
-        loader = Loader(homes, durable, clock=clock, observer=observer)
+        trust = Trust(outage_trust)
+        steps = Steps(homes, durable, trust, max_bytes, clock, random, observer)
+        loader = Loader(homes, durable, trust=trust, clock=clock, observer=observer)
         saver = Saver(steps, loader)
         ender = Ender(steps, loader, saver)
         self.load = loader.load

@@ -27,6 +27,8 @@ class SessionTrace:
         a session that ended.
     :ivar found: what each home held when it was loaded.
     :ivar repairs: homes whose copy is rewritten when this request is saved.
+    :ivar synced_ms: when SQL was last written, in Unix milliseconds; 0 for never.
+    :ivar writes: changes since then, which only memory holds.
     """
 
     digest: str | None
@@ -34,6 +36,8 @@ class SessionTrace:
     standing: Literal["new", "agreed", "confirmed", "unverified", "unavailable", "gone"]
     found: Mapping[str, HomeState] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
+    synced_ms: int = 0
+    writes: int = 0
 
 
 def trace(store: Store, visit: RequestVisit, *, unavailable: bool) -> SessionTrace:
@@ -50,7 +54,15 @@ def trace(store: Store, visit: RequestVisit, *, unavailable: bool) -> SessionTra
     if not isinstance(live, Live):
         return SessionTrace(None, (), "new")
     found = {name: _home_state(live, name) for name in homes}
-    return SessionTrace(digest, homes, live.standing.value, found, live.repairs)
+    return SessionTrace(
+        digest,
+        homes,
+        live.standing.value,
+        found,
+        live.repairs,
+        live.record.synced_ms,
+        live.record.writes,
+    )
 
 
 def _home_state(live: Live, name: str) -> HomeState:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import socket
-import threading
 import time
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from flask_resilient_session.access import Access
 from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.cluster import Cluster, NodeLike
-from flask_resilient_session.codec import encode_value
+from flask_resilient_session.codec import decode, encode_value
 from flask_resilient_session.config import Timing
 from flask_resilient_session.durable import Durable
 from flask_resilient_session.errors import SqlUnavailable
@@ -30,11 +25,12 @@ from flask_resilient_session.events import Observer
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.node import Node
-from flask_resilient_session.record import Entry, Keyring, Record
-from flask_resilient_session.replication import Live
+from flask_resilient_session.record import Entry, Keyring, Record, Tombstone
+from flask_resilient_session.replication import Gone, Live
 from flask_resilient_session.ring import Ring, RingNode
 from flask_resilient_session.sql import Row, SqlTable, define_table, plain_engine
 from flask_resilient_session.store import Store
+from flask_resilient_session.wire import Get, Parsed, Request, Value
 from servers import Memcached
 
 # A busy machine is no reason for a law to fail.
@@ -52,6 +48,9 @@ DAY = 24 * HOUR
 #: The homes' names in tests that have no ring.
 FIRST_HOME, SECOND_HOME = "first_home", "second_home"
 PAIR = (FIRST_HOME, SECOND_HOME)
+
+#: Names of sessions.
+ALICE, BOB = "alice", "bob"
 
 NAMESPACE = "frs:\0flask_resilient_session"
 PREFIX = "frs:"
@@ -88,6 +87,11 @@ def record(entries: dict[str, Entry] | None = None, **fields: Any) -> Record:
     if entries is None:
         entries = {"name": Entry(NOW, 1, b"value")}
     return Record(entries=entries, **(usual | fields))
+
+
+def soon(seconds: float = 30.0) -> float:
+    """A deadline that no healthy call meets."""
+    return time.monotonic() + seconds
 
 
 def row(key: str, **fields: Any) -> Row:
@@ -139,6 +143,17 @@ def real_node(server: Memcached, name: str = FIRST_HOME) -> Node:
     host = f"[{server.host}]" if ":" in server.host else server.host
     family = "inet6" if ":" in server.host else "inet"
     return new_node(f"{family}:{host}:{server.port}", name)
+
+
+def ask(node: Node, request: Request, seconds: float = 10.0) -> Parsed:
+    """One exchange with a node, whole."""
+    return node.send(request, time.monotonic() + seconds).receive()
+
+
+def get(node: Node, key: str = "k", seconds: float = 10.0) -> bytes | None:
+    """The bytes of an item; None where there is none."""
+    found = ask(node, Get(key, 10_000), seconds)
+    return found.data if isinstance(found, Value) else None
 
 
 def close_nodes() -> None:
@@ -274,14 +289,36 @@ class Site:
         """What SQL holds."""
         return self.sql.table.read(session_key(name), self.clock.monotonic() + 30)
 
-    def row_content(self, name: str) -> dict[str, bytes] | None:
-        """The session's content as SQL holds it; None without a live row."""
+    def in_row(self, name: str = ALICE) -> dict[str, Any] | None:
+        """What SQL would show of a session; None without a live row."""
         found = self.row(name)
         if found is None or found.record is None:
             return None
-        opened = self.keyring.unseal(session_key(name), found.record)
-        assert isinstance(opened, Record)
-        return opened.payload()
+        return content(self.keyring.unseal(session_key(name), found.record))
+
+    def seen(self, name: str = ALICE) -> dict[str, Any] | None:
+        """What the next request sees."""
+        return content(self.store.load(self.access(name)))
+
+    def reason(self, name: str = ALICE) -> str | None:
+        """Why the next request sees no session."""
+        found = self.store.load(self.access(name))
+        return found.reason if isinstance(found, Gone) else None
+
+    def touch(self, name: str = ALICE) -> Any:
+        """A request that only reads the session."""
+        return self.store.save(self.access(name), self.live(name), {})
+
+    def is_dead(self, name: str = ALICE) -> bool:
+        """Whether every home and SQL hold a tombstone that owes nothing."""
+        row = self.row(name)
+        copies = self.copies(name)
+        return (
+            row is not None
+            and row.revoked_at is not None
+            and row.record is None
+            and all(isinstance(copy, Tombstone) and not copy.debt for copy in copies)
+        )
 
     def live(self, name: str, **how: Any) -> Live:
         """Load a session that has to be alive."""
@@ -308,6 +345,13 @@ class Site:
         yield cost
         cost.round_trips = self.observer.stats["round_trips"] - trips
         cost.statements = len(self.statements.texts) - statements
+
+
+def content(found: Any) -> dict[str, Any] | None:
+    """What the user sees of a record; None where there is none."""
+    if isinstance(found, Live):
+        found = found.record
+    return decode(found.payload()) if isinstance(found, Record) else None
 
 
 def encoded(**values: object) -> dict[str, bytes | None]:
@@ -343,110 +387,3 @@ def make_site(servers: Sequence[Memcached], path: Path, **changes: Any) -> Site:
     sql.table.newest_sync(clock.monotonic() + 30)
     site.statements.watch(sql.table.engine)
     return site
-
-
-def run_together(*jobs: Any) -> list[Any]:
-    """Run callables in threads at once; what each returned, or its exception."""
-    results: list[Any] = [None] * len(jobs)
-    start = threading.Barrier(len(jobs))
-
-    def run(index: int) -> None:
-        start.wait(10)
-        try:
-            results[index] = jobs[index]()
-        except Exception as error:  # noqa: BLE001 - handed to the caller
-            results[index] = error
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(jobs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
-
-
-def in_child(work: Callable[[], bool]) -> bool:
-    """Whether the work came out true in a forked child."""
-    with warnings.catch_warnings():
-        # Newer Pythons warn of threads, which a test's servers have.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        try:
-            passed = work()
-        except BaseException:  # noqa: BLE001 - nothing may leave the child
-            traceback.print_exc()
-            passed = False
-        os._exit(0 if passed else 1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-class FakeServer:
-    """Something that listens, and does to each connection what a test says.
-
-    :param serve: called in a thread with the server and each connection.
-    """
-
-    def __init__(self, serve: Callable[[FakeServer, socket.socket], None]) -> None:
-        self.requests: list[bytes] = []
-        self.connections = 0
-        self.closing = threading.Event()
-        self._serve = serve
-        self._open: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._thread = threading.Thread(target=self._accept, daemon=True)
-        self._thread.start()
-
-    @property
-    def address(self) -> str:
-        """As python-memcached takes it."""
-        return f"inet:127.0.0.1:{self._listener.getsockname()[1]}"
-
-    def __enter__(self) -> FakeServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.closing.set()
-        # Closing alone does not end an accept that waits in another thread.
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for connection in self._open:
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
-            connection.close()
-        self._thread.join(10)
-
-    def _accept(self) -> None:
-        while not self.closing.is_set():
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            self.connections += 1
-            self._open.append(connection)
-            threading.Thread(target=self._run, args=(connection,), daemon=True).start()
-
-    def _run(self, connection: socket.socket) -> None:
-        with suppress(OSError, ValueError):
-            self._serve(self, connection)
-
-    def request(self, connection: socket.socket) -> bytes:
-        """The next bytes that came; empty when the client has gone."""
-        data = connection.recv(65536)
-        if data:
-            self.requests.append(data)
-        return data
-
-
-def answering(*replies: bytes) -> Callable[[FakeServer, socket.socket], None]:
-    """Answers one request after the other with these bytes, then says nothing."""
-
-    def serve(server: FakeServer, connection: socket.socket) -> None:
-        for reply in replies:
-            if not server.request(connection):
-                return
-            connection.sendall(reply)
-        while server.request(connection):
-            pass
-
-    return serve

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import random
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -20,8 +17,6 @@ from builders import (
     PAIR,
     PREFIX,
     SECOND_HOME,
-    FakeServer,
-    answering,
     close_nodes,
     make_cluster,
     new_node,
@@ -31,8 +26,7 @@ from builders import (
     usual_breaker,
 )
 from flask_resilient_session.cluster import Cluster
-from flask_resilient_session.events import Observer, node_down, node_up
-from flask_resilient_session.health import Breaker
+from flask_resilient_session.events import Observer
 from flask_resilient_session.node import Node
 from flask_resilient_session.record import (
     Corrupt,
@@ -45,6 +39,7 @@ from flask_resilient_session.record import (
     Unreachable,
 )
 from flask_resilient_session.wire import Ack, Request
+from misbehaving import FakeServer
 from servers import Memcached
 
 KEY = session_key("alice")
@@ -78,28 +73,6 @@ def write(cluster: Cluster, request: Request) -> list[Ack]:
     """The same request to both nodes."""
     requests = [(name, request) for name in PAIR]
     return cluster.write(requests, time.monotonic() + 20)
-
-
-@contextmanager
-def signals() -> Iterator[list[tuple[str, str]]]:
-    """The names of the nodes that went down or came up, as listeners hear of it."""
-    heard: list[tuple[str, str]] = []
-
-    def down(_sender: object, node: str, reason: str) -> None:
-        assert reason
-        heard.append(("down", node))
-
-    def up(_sender: object, node: str) -> None:
-        heard.append(("up", node))
-
-    with node_down.connected_to(down), node_up.connected_to(up):
-        yield heard
-
-
-def hang(server: FakeServer, connection: socket.socket) -> None:
-    """Takes requests and answers none."""
-    while server.request(connection):
-        pass
 
 
 # --- parallel --------------------------------------------------------------------
@@ -241,162 +214,6 @@ def test_equal_copies_are_opened_once(
         server.raw_set(STORED_KEY, b"garbage")
     assert all(isinstance(reply, Corrupt) for reply in read(cluster).values())
     assert unseal(KEYRING, KEY, b"garbage") == CorruptBytes()
-
-
-# --- nodes that fail -------------------------------------------------------------
-
-
-def test_a_hung_node_costs_three_timeouts_and_is_then_skipped(
-    nodes: list[Memcached], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Afterwards nothing waits for it, and the other node answers all the time."""
-    nodes[0].raw_set(STORED_KEY, SEALED)
-    cluster = real_pair(nodes, new_breaker=usual_breaker, node_timeout=0.2)
-    read(cluster)
-    nodes[1].freeze()
-    slow = 0
-    with signals() as heard, caplog.at_level(logging.INFO):
-        for _ in range(20):
-            started = time.monotonic()
-            replies = read(cluster)
-            slow += time.monotonic() - started >= 0.2
-            assert isinstance(replies[FIRST_HOME], Hit)
-            assert isinstance(replies[SECOND_HOME], Unreachable)
-    assert slow >= 3
-    assert cluster._observer.stats["node_faults"] == 3
-    assert heard == [("down", SECOND_HOME)]
-    assert cluster.suspects() == {SECOND_HOME}
-    assert [line.levelname for line in caplog.records] == ["WARNING"]
-    assert SECOND_HOME in caplog.text
-    assert KEY not in caplog.text
-
-
-def test_a_refused_node_is_skipped_at_once_and_used_again_later(
-    nodes: list[Memcached], caplog: pytest.LogCaptureFixture
-) -> None:
-    """Down with the first refusal, up with the first probe that succeeds."""
-
-    def breaker() -> Breaker:
-        return Breaker(first_pause=0.05, longest_pause=0.05)
-
-    cluster = real_pair(nodes, new_breaker=breaker)
-    nodes[0].kill()
-    with signals() as heard, caplog.at_level(logging.INFO):
-        assert isinstance(read(cluster)[FIRST_HOME], Unreachable)
-        assert heard == [("down", FIRST_HOME)]
-        nodes[0].start()
-        deadline = time.monotonic() + 20
-        while cluster.suspects() and time.monotonic() < deadline:
-            read(cluster)
-        assert heard == [("down", FIRST_HOME), ("up", FIRST_HOME)]
-    assert read(cluster)[FIRST_HOME] == Miss()
-    assert [line.levelname for line in caplog.records] == ["WARNING", "INFO"]
-
-
-def test_the_other_node_is_not_blamed_for_one_that_hangs(
-    nodes: list[Memcached],
-) -> None:
-    """Waiting for the hung node takes all of the time, and the reply is still read."""
-    nodes[1].raw_set(STORED_KEY, SEALED)
-    with FakeServer(hang) as hung:
-        cluster = pair_of(
-            new_node(hung.address), real_node(nodes[1], SECOND_HOME), node_timeout=0.3
-        )
-        for _ in range(3):
-            replies = read(cluster, seconds=0.3)
-            assert isinstance(replies[FIRST_HOME], Unreachable)
-            assert isinstance(replies[SECOND_HOME], Hit)
-    assert not cluster.suspects()
-
-
-def test_the_other_node_is_not_blamed_for_one_that_hangs_in_connect(
-    nodes: list[Memcached],
-) -> None:
-    """A connect that nobody answers, before the other node could even be read."""
-    nodes[1].raw_set(STORED_KEY, SEALED)
-    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
-    waiting = [socket.socket() for _ in range(3)]
-    for one in waiting:
-        one.setblocking(False)
-        one.connect_ex(listener.getsockname())
-    cluster = pair_of(
-        new_node(f"inet:127.0.0.1:{listener.getsockname()[1]}"),
-        real_node(nodes[1], SECOND_HOME),
-        node_timeout=0.3,
-        new_breaker=usual_breaker,
-    )
-    for _ in range(3):
-        replies = read(cluster)
-        assert isinstance(replies[FIRST_HOME], Unreachable)
-        assert isinstance(replies[SECOND_HOME], Hit)
-    assert cluster.suspects() == {FIRST_HOME}
-    for one in (*waiting, listener):
-        one.close()
-
-
-def test_a_budget_that_runs_out_is_nobodys_fault(nodes: list[Memcached]) -> None:
-    """A node that had hardly any time is not suspected for not answering in it."""
-    with FakeServer(hang) as slow:
-        cluster = pair_of(
-            new_node(slow.address),
-            real_node(nodes[1], SECOND_HOME),
-            new_breaker=usual_breaker,
-            node_timeout=5.0,
-        )
-        for _ in range(5):
-            assert isinstance(read(cluster, 0.05)[FIRST_HOME], Unreachable)
-        assert not cluster.suspects()
-
-
-def test_what_never_reached_a_node_is_no_sign_of_life(nodes: list[Memcached]) -> None:
-    """A write that no connection may carry leaves a dead node suspected."""
-
-    def breaker() -> Breaker:
-        return Breaker(first_pause=0.01, longest_pause=0.01)
-
-    cluster = real_pair(nodes, new_breaker=breaker)
-    nodes[0].raw_set(STORED_KEY, SEALED)
-    reply = read(cluster)[FIRST_HOME]
-    assert isinstance(reply, Hit)
-    nodes[0].kill()
-    assert isinstance(read(cluster)[FIRST_HOME], Unreachable)
-    late = cluster.place(KEY, SEALED, 60, reply.token)
-    deadline = time.monotonic() + 20
-    while cluster.write([(FIRST_HOME, late)], deadline) == [Ack.UNREACHABLE]:
-        assert time.monotonic() < deadline
-    assert cluster.suspects() == {FIRST_HOME}
-
-
-def test_a_server_of_another_kind_is_unreachable() -> None:
-    """A web server at the node's address says nothing about a session."""
-    reply = b"HTTP/1.1 400 Bad Request\r\n\r\n"
-    with FakeServer(answering(reply)) as web, FakeServer(answering(b"END\r\n")) as good:
-        cluster = pair_of(new_node(web.address), new_node(good.address))
-        replies = read(cluster)
-        assert isinstance(replies[FIRST_HOME], Unreachable)
-        assert replies[SECOND_HOME] == Miss()
-
-
-def test_an_interruption_leaves_no_reply_behind(nodes: list[Memcached]) -> None:
-    """Whatever interrupts one exchange, the other's connection is closed too."""
-
-    class ForeignTimeout(BaseException):
-        pass
-
-    class Interrupted(random.Random):
-        def random(self) -> float:
-            raise ForeignTimeout
-
-    first, second = real_node(nodes[0]), real_node(nodes[1], SECOND_HOME)
-    cluster = pair_of(first, second, random=Interrupted())
-    read(cluster)
-    nodes[0].kill()
-    with pytest.raises(ForeignTimeout):
-        read(cluster)
-    assert not second.has_idle()
-    nodes[1].raw_set(STORED_KEY, SEALED)
-    replies = cluster.read([SECOND_HOME], KEY, KEYRING, time.monotonic() + 20)
-    assert isinstance(replies[SECOND_HOME], Hit)
 
 
 # --- one way ---------------------------------------------------------------------

@@ -417,7 +417,9 @@ def test_logout_from_full_homes(small: Lab) -> None:
 # --- wrong bytes -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["garbage", "empty", "swapped", "foreign", "old"])
+@pytest.mark.parametrize(
+    "kind", ["garbage", "empty", "cut short", "swapped", "foreign", "old"]
+)
 @each_home
 def test_wrong_bytes(lab: Lab, home: str, kind: str) -> None:
     """Bytes that are not this session's latest are replaced by those that are."""
@@ -427,8 +429,9 @@ def test_wrong_bytes(lab: Lab, home: str, kind: str) -> None:
     stranger = lab.new_worker(RESILIENT_SESSION_TABLE="another_table")
     user.changes(x=1)
     wrong = {
-        "garbage": b"frs" + bytes(range(200)),
+        "garbage": bytes(range(256)),
         "empty": b"",
+        "cut short": (lab.raw(user, home) or b"")[:-1],
         "swapped": lab.raw(other, home),
         "foreign": _sealed_by(stranger, user, lab),
         "old": old,

@@ -254,6 +254,22 @@ def test_every_flipped_byte_is_noticed(copy: Copy) -> None:
                 assert isinstance(opened, CorruptBytes), index
 
 
+def test_encrypted_records() -> None:
+    """Unreadable at rest, opened by every worker, for this session only."""
+    encrypting = Keyring(["test secret"], NAMESPACE, encrypt=True)
+    for copy in (record(), Tombstone("ended", NOW, debt=True)):
+        sealed = encrypting.seal(KEY, copy)
+        assert sealed != encrypting.seal(KEY, copy)
+        assert KEYRING.unseal(KEY, sealed) == copy
+        assert encrypting.unseal(KEY, KEYRING.seal(KEY, copy)) == copy
+        assert encrypting.unseal(session_key("bob"), sealed) == CorruptBytes()
+        for private in (b"value", b"first_home", b"ended"):
+            assert private not in sealed
+        for index in range(9, len(sealed)):
+            broken = sealed[:index] + bytes([sealed[index] ^ 1]) + sealed[index + 1 :]
+            assert encrypting.unseal(KEY, broken) == CorruptBytes()
+
+
 def test_every_cut_is_noticed() -> None:
     """A record with its end, or something after it, missing or added is corrupt."""
     sealed = KEYRING.seal(KEY, record())
@@ -285,11 +301,11 @@ def test_keys_can_be_rotated() -> None:
     assert prepared.unseal(KEY, rotated.seal(KEY, record())) == record()
 
 
-@pytest.mark.parametrize("index", [3, 4])
+@pytest.mark.parametrize("index", [3, 4], ids=["format", "cipher"])
 def test_another_format_or_cipher_is_unknown(index: int) -> None:
     """A record of a later version is neither used nor taken for garbage."""
     sealed = bytearray(KEYRING.seal(KEY, record()))
-    sealed[index] += 1
+    sealed[index] = 0xFF
     assert KEYRING.unseal(KEY, bytes(sealed)) == UnknownFormat()
 
 
@@ -303,22 +319,17 @@ def test_arbitrary_bytes_are_never_an_error(noise: bytes, disguise: int) -> None
     assert isinstance(opened, (CorruptBytes, UnknownFormat))
 
 
+@pytest.mark.parametrize("encrypt", [False, True])
 @pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"\xc1",
-        b"\x90",
-        b"\x01",
-        b"\x91\x01",
-        b"\x92\x00\x01",
-        b"\x9a" + b"\x01" * 10,
-    ],
+    "body", [b"", b"\xc1", b"\x90", b"\x01", b"\x91\x01", b"\x92\x00\x01", b"\x01" * 99]
 )
-def test_a_body_that_only_a_bug_could_write_is_corrupt(body: bytes) -> None:
+def test_a_body_that_only_a_bug_could_write_is_corrupt(
+    body: bytes, encrypt: bool
+) -> None:
     """Bytes that carry a good MAC but no record are corrupt, not an exception."""
-    mac = KEYRING._mac(KEYRING._header, KEY, body)
-    assert KEYRING.unseal(KEY, KEYRING._header + mac + body) == CorruptBytes()
+    keyring = Keyring(["test secret"], NAMESPACE, encrypt=encrypt)
+    mac = keyring._mac(keyring._header, KEY, body)
+    assert keyring.unseal(KEY, keyring._header + mac + body) == CorruptBytes()
 
 
 GOLDEN = record(
@@ -352,8 +363,10 @@ def test_a_keyring_shows_no_secret() -> None:
     """Neither the keyring's text nor its attributes' hold the secret."""
     keyring = Keyring(["a very secret text", b"more of it"], NAMESPACE)
     shown = repr(keyring) + str(keyring) + repr(vars(keyring))
-    assert "secret text" not in shown
-    assert "more of it" not in shown
+    for secret in ("secret text", "more of it"):
+        assert secret not in shown
+    for key in keyring._keys.values():
+        assert repr(key.encryption) not in shown
 
 
 def test_a_keyring_needs_a_key() -> None:

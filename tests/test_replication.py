@@ -31,14 +31,10 @@ from flask_resilient_session.record import (
     join_records,
 )
 from flask_resilient_session.replication import (
-    Bury,
     Gone,
     InsertFirst,
-    Keep,
     Live,
     Outcome,
-    Reap,
-    Renew,
     RowAnswer,
     RowCorrupt,
     RowDead,
@@ -49,17 +45,11 @@ from flask_resilient_session.replication import (
     Standing,
     Unknown,
     confirmed,
-    expires_ms,
-    exptime_seconds,
     judge_acks,
     judge_copies,
     judge_row,
-    may_reap,
-    refresh_due,
-    row_expires_ms,
     sql_need,
     to_remove,
-    tombstone_expires_ms,
 )
 from flask_resilient_session.wire import Ack
 
@@ -190,7 +180,8 @@ def test_what_sql_settles(first: str, second: str, row: str) -> None:
             assert verdict == Live(record_, Standing.UNVERIFIED, places(first, second))
     elif row == "missing":
         if not copies or any(not copy.never_synced for copy in copies):
-            assert verdict == Gone("missing")
+            known = places(first, second)
+            assert verdict == Gone("missing", noted_at=known)
         else:
             assert verdict == InsertFirst(joined(*copies))
     elif row == "corrupt" and not copies:
@@ -225,6 +216,24 @@ def check_confirmed(verdict: Live, row: str, first: str, second: str) -> None:
         if answer != "unreachable" and answer not in fine
     )
     assert verdict.repairs == behind
+
+
+def test_a_move_at_work_buries_its_old_copies_itself() -> None:
+    """For a minute it may still find there what others had acknowledged."""
+    for age_ms, spread in ((59_999, (SECOND_HOME,)), (60_000, PAIR)):
+        row = RowDead(Tombstone("moved", NOW - age_ms))
+        verdict = judge_row(replies("same", "miss"), row, TIMING, NOW)
+        assert isinstance(verdict, Gone)
+        assert verdict.spread == spread
+
+
+def test_of_two_tombstones_the_final_one_counts() -> None:
+    """Whichever home it is on, and a debt is paid once one of them says so."""
+    ended, moved = replace(DEAD, debt=False), Tombstone("moved", NOW, debt=True)
+    for copies in ((ended, moved), (moved, ended)):
+        answers = {h: Hit(c, TOKENS[h]) for h, c in zip(PAIR, copies, strict=True)}
+        verdict = judge_copies(answers, TIMING, NOW)
+        assert verdict == Gone("ended", NOW, Tombstone("ended", NOW), ())
 
 
 @pytest.mark.parametrize("answer", [a for a in ANSWERS if a != "dead"])
@@ -344,106 +353,3 @@ def test_which_old_copies_must_go(first: Ack, second: Ack) -> None:
     acks = {"a": first, "b": second}
     refused = [name for name, ack in acks.items() if ack is Ack.REFUSED]
     assert to_remove(acks) == ([] if Ack.STORED in (first, second) else refused)
-
-
-# --- reaping ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize(("first", "second"), BOTH)
-def test_what_becomes_of_a_row_past_its_time(first: str, second: str, row: str) -> None:
-    """It goes only when every home answered and none has anything newer to say."""
-    verdict = may_reap(ROWS[row], replies(first, second), TIMING, NOW)
-    copies = live_copies(first, second)
-    in_use = [copy for copy in copies if copy.last_use_ms > NOW - DAY]
-    if "unreachable" in (first, second) or row == "silent":
-        assert isinstance(verdict, Keep)
-    elif row == "dead":
-        assert isinstance(verdict, Keep if in_use else Reap)
-    elif "dead" in (first, second):
-        assert verdict == Bury(DEAD)
-    elif row in ("live", "ahead"):
-        assert isinstance(verdict, Renew)  # this row itself is not past its time
-        expected = joined(*copies, ROWS[row].record)  # type: ignore[union-attr]
-        assert verdict.record.payload() == expected.payload()
-        assert verdict.record.row_version == expected.row_version
-    elif not in_use:
-        assert verdict == Reap()
-    else:
-        assert isinstance(verdict, Renew)
-        expected = joined(*copies)
-        version = 8 if row == "corrupt" else expected.row_version
-        renewed = replace(
-            expected, row_version=version, never_synced=False, unverified=False
-        )
-        assert verdict.record == renewed
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "renewed"),
-    [
-        ("miss", "miss", False),
-        ("expired", "corrupt", False),
-        ("miss", "same", True),
-        ("other", "expired", True),
-    ],
-)
-def test_an_expired_row_asks_the_homes(first: str, second: str, renewed: bool) -> None:
-    """A newer use on a home renews the row; without one it may go."""
-    row = RowLive(replace(SAME, last_use_ms=NOW - 2 * DAY))
-    verdict = may_reap(row, replies(first, second), TIMING, NOW)
-    assert isinstance(verdict, Renew if renewed else Reap)
-
-
-def test_the_row_learns_that_a_debt_is_paid() -> None:
-    """The tombstone that goes to SQL owes SQL nothing any more."""
-    owing = {FIRST_HOME: Hit(replace(DEAD, debt=True), TOKENS[FIRST_HOME])}
-    assert may_reap(ROWS["live"], owing, TIMING, NOW) == Bury(DEAD)
-
-
-def test_a_silent_home_is_named() -> None:
-    """The reason says which home did not answer."""
-    verdict = may_reap(ROWS["live"], replies("miss", "unreachable"), TIMING, NOW)
-    assert verdict == Keep(f"no answer from {SECOND_HOME}")
-
-
-# --- time ------------------------------------------------------------------------
-
-
-def test_expiry_is_idle_or_absolute_whichever_is_first() -> None:
-    """Use extends the idle time, never the absolute one."""
-    used = record(created_ms=NOW, last_use_ms=NOW + HOUR)
-    assert expires_ms(used, TIMING) == NOW + HOUR + DAY
-    assert expires_ms(used, timing(absolute_ms=2 * HOUR)) == NOW + 2 * HOUR
-
-
-def test_rows_and_tombstones_outlive_their_session() -> None:
-    """The row by a sync and a refresh, the tombstone by a full lifetime and more."""
-    used = record()
-    late = TIMING.sync_ms + TIMING.refresh_ms
-    assert row_expires_ms(used, TIMING) == expires_ms(used, TIMING) + late
-    ended = Tombstone("ended", NOW)
-    assert tombstone_expires_ms(ended, TIMING) > row_expires_ms(used, TIMING)
-
-
-@pytest.mark.parametrize(
-    ("until_ms", "expected"),
-    [
-        (NOW, (DAY + HOUR) // 1000),
-        (NOW + DAY, (2 * DAY + HOUR) // 1000),
-        (NOW + 400 * DAY, 30 * DAY // 1000),
-        (NOW + 29 * DAY, 30 * DAY // 1000),
-        (NOW - DAY - HOUR, 1),
-        (NOW - DAY - HOUR + 999, 1),
-        (0, 1),
-    ],
-)
-def test_exptime_is_from_1_second_to_30_days(until_ms: int, expected: int) -> None:
-    """0 would be for ever, and more than 30 days a date long past."""
-    assert exptime_seconds(until_ms, TIMING, NOW) == expected
-
-
-def test_a_refresh_is_due_after_its_interval() -> None:
-    """A use is told to the homes no more often than that."""
-    assert not refresh_due(record(last_use_ms=NOW - 10 * SECOND + 1), TIMING, NOW)
-    assert refresh_due(record(last_use_ms=NOW - 10 * SECOND), TIMING, NOW)

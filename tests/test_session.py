@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import operator
 import pickle
 from collections.abc import Callable, Iterator
 from datetime import date, datetime, time, timedelta, timezone
@@ -73,9 +74,9 @@ READS: dict[str, Callable[[Any], object]] = {
     "items": lambda s: list(s.items()),
     "iteration": lambda s: [key for key in s],  # noqa: C416
     "equal": lambda s: s == STORED,
-    "equal, reflected": lambda s: [STORED] == [s],
+    "equal, reflected": lambda s: operator.eq(STORED, s),
     "unequal": lambda s: s != STORED,
-    "unequal, reflected": lambda s: [{}] != [s],
+    "unequal, reflected": lambda s: operator.ne({}, s),
     "or": lambda s: s | {"c": 3},
     "or, reflected": lambda s: {"c": 3} | s,
     "copy": lambda s: s.copy(),

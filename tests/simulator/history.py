@@ -200,7 +200,10 @@ class History:
                         write.end = NEVER
 
     def excuse(self, line: Line, start: int) -> None:
-        """A logout fell into a move: what was written meanwhile may be dropped."""
+        """What was written during this move may be dropped.
+
+        A logout fell into it, or a clock that is far ahead took it for an old one.
+        """
         for register in line.registers.values():
             for write in register.writes:
                 if not write.durable and start <= write.end < NEVER:

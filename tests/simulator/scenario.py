@@ -19,7 +19,13 @@ from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.reaper import Reaper, ReapOptions
 from flask_resilient_session.record import Hit, Keyring, Record, same_state
-from flask_resilient_session.replication import Gone, Live, Standing, Unknown
+from flask_resilient_session.replication import (
+    MOVE_AT_WORK_MS,
+    Gone,
+    Live,
+    Standing,
+    Unknown,
+)
 from flask_resilient_session.ring import Ring, RingNode
 from flask_resilient_session.store import Store
 
@@ -196,6 +202,10 @@ class Run:
             for server in self.servers.values():
                 server.restart()
             self.history.memory_lost()
+            # A worker that skips both homes writes what others need not see.
+            self._hold()
+            self._probe_all()
+            self.held = False
         elif what.startswith("sql "):
             self._act_on_sql(what)
         elif what == "add or remove":
@@ -258,20 +268,22 @@ class Run:
         for server in self.servers.values():
             server.heal()
         self.database.heal()
-        world.spend(_LONGEST_PAUSE)
-        for worker in self.workers:
-            self._probe(worker)
+        self._probe_all()
         self.held = False
         for session in list(self.history.sessions):
             self._read_for_good(session)
 
-    def _probe(self, worker: Worker) -> None:
-        for _ in range(3):
+    def _probe_all(self) -> None:
+        """Let every worker notice what answers again."""
+        self.world.spend(_LONGEST_PAUSE)
+        for worker in self.workers:
             access = worker.access("0" * 64)
-            worker.store.peek(access, sorted(worker.names))
+            # The first may only find that its connections were closed.
+            for _ in range(2):
+                worker.store.peek(access, sorted(worker.names))
             worker.store.durable.read(access)
-        suspects = worker.store.homes.cluster.suspects()
-        assert not suspects, suspects
+            suspects = worker.store.homes.cluster.suspects()
+            assert not suspects, suspects
 
     def _read_for_good(self, session: Session) -> None:
         """Load and save until it worked, by a worker that no fault touches."""
@@ -457,7 +469,7 @@ class Run:
         session.ended = min(session.ended, world.step)
         if not refill:
             history.in_sql(session, start)
-        if session.logout_asked:
+        if session.logout_asked or history.skew_ms:
             history.excuse(line, start)
         history.acknowledge(writes, durable=True)
         born_ms = session.born_ms if what == "regenerate" else start_ms
@@ -482,6 +494,8 @@ class Run:
             self._roll(index)
         self._settle()
         world.deliver_all()
+        # Whoever moved a session has had the time to bury its copies alone.
+        world.wall_ms += 2 * MOVE_AT_WORK_MS
         for session in self.history.sessions:
             self._read_everywhere(session)
         world.log("-- a sync is due")

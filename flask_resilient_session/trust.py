@@ -1,0 +1,84 @@
+"""For how long a lone copy is trusted after SQL has vouched for it.
+
+Off by default. While a home is down every request asks SQL about its sessions; with
+``RESILIENT_SESSION_OUTAGE_TRUST`` a process asks once in that time, at the price of
+serving state, and sessions that were ended elsewhere, up to that old. No clock and no
+I/O here: ``now`` is passed in.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+from .record import Hit, Record, Reply, Stamp, Unreachable
+
+#: Sessions remembered per process: at about 200 bytes each, a few megabytes.
+_REMEMBERED: Final = 20_000
+
+
+class _Vouched(NamedTuple):
+    """What SQL vouched for, and until when (monotonic seconds)."""
+
+    row_version: int
+    newest: Stamp
+    until: float
+
+
+class Trust:
+    """Remembers which states SQL vouched for; shared by a process's threads.
+
+    :param seconds: how long one is trusted; 0: never.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._vouched: OrderedDict[str, _Vouched] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def vouch(self, session_key: str, record: Record, now: float) -> None:
+        """SQL has just said, or committed, that this is the session."""
+        if not self._seconds:
+            return
+        vouched = _Vouched(record.row_version, _newest(record), now + self._seconds)
+        with self._lock:
+            self._vouched[session_key] = vouched
+            self._vouched.move_to_end(session_key)
+            if len(self._vouched) > _REMEMBERED:
+                self._vouched.popitem(last=False)
+
+    def forget(self, session_key: str) -> None:
+        """The session has ended, or changed in a way that is not known."""
+        if self._seconds:
+            with self._lock:
+                self._vouched.pop(session_key, None)
+
+    def trusted(
+        self, session_key: str, replies: Mapping[str, Reply], now: float
+    ) -> Record | None:
+        """The lone copy's record, if it is exactly what SQL vouched for.
+
+        Only while its other home is down: one that answers and holds nothing, or
+        something else, is a reason to ask.
+        """
+        if not self._seconds:
+            return None
+        vouched = self._vouched.get(session_key)
+        if vouched is None or now >= vouched.until:
+            return None
+        copies = [reply for reply in replies.values() if isinstance(reply, Hit)]
+        silent = sum(isinstance(reply, Unreachable) for reply in replies.values())
+        if len(copies) != 1 or len(copies) + silent != len(replies):
+            return None
+        record = copies[0].copy
+        if not isinstance(record, Record) or record.unverified:
+            return None
+        same = (record.row_version, _newest(record)) == vouched[:2]
+        return record if same else None
+
+
+def _newest(record: Record) -> Stamp:
+    # Every change has a stamp above all others, so that the highest names the state.
+    return max((entry.stamp for entry in record.entries.values()), default=record.floor)

@@ -1,0 +1,213 @@
+"""When a row may go, and how long everything is kept."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from builders import (
+    DAY,
+    FIRST_HOME,
+    HOUR,
+    NOW,
+    PAIR,
+    SECOND,
+    SECOND_HOME,
+    record,
+    timing,
+)
+from flask_resilient_session.record import (
+    Corrupt,
+    Entry,
+    Hit,
+    Miss,
+    Record,
+    Reply,
+    Token,
+    Tombstone,
+    Unreachable,
+    join_records,
+)
+from flask_resilient_session.replication import (
+    Bury,
+    Keep,
+    Reap,
+    Renew,
+    RowAnswer,
+    RowCorrupt,
+    RowDead,
+    RowLive,
+    RowMissing,
+    SqlSilent,
+    expires_ms,
+    exptime_seconds,
+    may_reap,
+    refresh_due,
+    row_expires_ms,
+    tombstone_expires_ms,
+)
+
+TIMING = timing()
+DEAD = Tombstone("ended", NOW - HOUR)
+SAME = record({"name": Entry(NOW, 1, b"same")})
+OTHER = record({"name": Entry(NOW + 1, 1, b"other")})
+
+COPIES: dict[str, Record | Tombstone] = {
+    "same": SAME,
+    "other": OTHER,
+    "elsewhere": replace(SAME, homes=(FIRST_HOME, "stranger")),
+    "unverified": replace(SAME, unverified=True),
+    "never": replace(SAME, never_synced=True, row_version=0, synced_ms=0),
+    "expired": replace(SAME, last_use_ms=NOW - DAY),
+    "dead": DEAD,
+}
+ANSWERS = (*COPIES, "miss", "unreachable", "corrupt")
+ROWS: dict[str, RowAnswer] = {
+    "live": RowLive(SAME),
+    "ahead": RowLive(record({"name": Entry(NOW + 9, 1, b"from sql")}, row_version=2)),
+    "dead": RowDead(replace(DEAD, reason="moved")),
+    "missing": RowMissing(),
+    "corrupt": RowCorrupt(version=8),
+    "silent": SqlSilent("down"),
+}
+TOKENS = {FIRST_HOME: Token(11, 1), SECOND_HOME: Token(22, 2)}
+
+
+def reply(answer: str, home: str) -> Reply:
+    """What a home of this name answers."""
+    if answer == "miss":
+        return Miss()
+    if answer == "unreachable":
+        return Unreachable("down")
+    if answer == "corrupt":
+        return Corrupt(TOKENS[home])
+    return Hit(COPIES[answer], TOKENS[home])
+
+
+def replies(*answers: str) -> dict[str, Reply]:
+    """What the homes answer, the first home first."""
+    return {
+        home: reply(answer, home) for home, answer in zip(PAIR, answers, strict=False)
+    }
+
+
+def live_copies(*answers: str) -> list[Record]:
+    """The live copies among these answers."""
+    copies = [COPIES[answer] for answer in answers if answer in COPIES]
+    return [copy for copy in copies if isinstance(copy, Record)]
+
+
+def joined(*copies: Record) -> Record:
+    """The join of some copies."""
+    whole = copies[0]
+    for copy in copies[1:]:
+        whole = join_records(whole, copy)
+    return whole
+
+
+BOTH = list(itertools.product(ANSWERS, repeat=2))
+
+
+# --- reaping ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("first", "second"), BOTH)
+def test_what_becomes_of_a_row_past_its_time(first: str, second: str, row: str) -> None:
+    """It goes only when every home answered and none has anything newer to say."""
+    verdict = may_reap(ROWS[row], replies(first, second), TIMING, NOW)
+    copies = live_copies(first, second)
+    in_use = [copy for copy in copies if copy.last_use_ms > NOW - DAY]
+    if "unreachable" in (first, second) or row == "silent":
+        assert isinstance(verdict, Keep)
+    elif row == "dead":
+        assert isinstance(verdict, Keep if in_use else Reap)
+    elif "dead" in (first, second):
+        assert verdict == Bury(DEAD)
+    elif row in ("live", "ahead"):
+        assert isinstance(verdict, Renew)  # this row itself is not past its time
+        expected = joined(*copies, ROWS[row].record)  # type: ignore[union-attr]
+        assert verdict.record.payload() == expected.payload()
+        assert verdict.record.row_version == expected.row_version
+    elif not in_use:
+        assert verdict == Reap()
+    else:
+        assert isinstance(verdict, Renew)
+        expected = joined(*copies)
+        version = 8 if row == "corrupt" else expected.row_version
+        renewed = replace(
+            expected, row_version=version, never_synced=False, unverified=False
+        )
+        assert verdict.record == renewed
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "renewed"),
+    [
+        ("miss", "miss", False),
+        ("expired", "corrupt", False),
+        ("miss", "same", True),
+        ("other", "expired", True),
+    ],
+)
+def test_an_expired_row_asks_the_homes(first: str, second: str, renewed: bool) -> None:
+    """A newer use on a home renews the row; without one it may go."""
+    row = RowLive(replace(SAME, last_use_ms=NOW - 2 * DAY))
+    verdict = may_reap(row, replies(first, second), TIMING, NOW)
+    assert isinstance(verdict, Renew if renewed else Reap)
+
+
+def test_the_row_learns_that_a_debt_is_paid() -> None:
+    """The tombstone that goes to SQL owes SQL nothing any more."""
+    owing = {FIRST_HOME: Hit(replace(DEAD, debt=True), TOKENS[FIRST_HOME])}
+    assert may_reap(ROWS["live"], owing, TIMING, NOW) == Bury(DEAD)
+
+
+def test_a_silent_home_is_named() -> None:
+    """The reason says which home did not answer."""
+    verdict = may_reap(ROWS["live"], replies("miss", "unreachable"), TIMING, NOW)
+    assert verdict == Keep(f"no answer from {SECOND_HOME}")
+
+
+# --- time ------------------------------------------------------------------------
+
+
+def test_expiry_is_idle_or_absolute_whichever_is_first() -> None:
+    """Use extends the idle time, never the absolute one."""
+    used = record(created_ms=NOW, last_use_ms=NOW + HOUR)
+    assert expires_ms(used, TIMING) == NOW + HOUR + DAY
+    assert expires_ms(used, timing(absolute_ms=2 * HOUR)) == NOW + 2 * HOUR
+
+
+def test_rows_and_tombstones_outlive_their_session() -> None:
+    """The row by a sync and a refresh, the tombstone by a full lifetime and more."""
+    used = record()
+    late = TIMING.sync_ms + TIMING.refresh_ms
+    assert row_expires_ms(used, TIMING) == expires_ms(used, TIMING) + late
+    ended = Tombstone("ended", NOW)
+    assert tombstone_expires_ms(ended, TIMING) > row_expires_ms(used, TIMING)
+
+
+@pytest.mark.parametrize(
+    ("until_ms", "expected"),
+    [
+        (NOW, (DAY + HOUR) // 1000),
+        (NOW + DAY, (2 * DAY + HOUR) // 1000),
+        (NOW + 400 * DAY, 30 * DAY // 1000),
+        (NOW + 29 * DAY, 30 * DAY // 1000),
+        (NOW - DAY - HOUR, 1),
+        (NOW - DAY - HOUR + 999, 1),
+        (0, 1),
+    ],
+)
+def test_exptime_is_from_1_second_to_30_days(until_ms: int, expected: int) -> None:
+    """0 would be for ever, and more than 30 days a date long past."""
+    assert exptime_seconds(until_ms, TIMING, NOW) == expected
+
+
+def test_a_refresh_is_due_after_its_interval() -> None:
+    """A use is told to the homes no more often than that."""
+    assert not refresh_due(record(last_use_ms=NOW - 10 * SECOND + 1), TIMING, NOW)
+    assert refresh_due(record(last_use_ms=NOW - 10 * SECOND), TIMING, NOW)
