@@ -44,44 +44,47 @@ def exit_code(report: ReapReport) -> int:
     return EXIT_DONE
 
 
+_REAP_OPTIONS: Final = (
+    click.option(
+        "--batch-size",
+        type=click.IntRange(1, 10_000),
+        default=DEFAULT_BATCH_SIZE,
+        show_default=True,
+        help="Rows read at once.",
+    ),
+    click.option("--limit", type=click.IntRange(1), help="Examine at most this many."),
+    click.option(
+        "--max-seconds", type=click.FloatRange(0), help="Take at most this long."
+    ),
+    click.option("--dry-run", is_flag=True, help="Change nothing; count only."),
+    click.option(
+        "--archive",
+        type=click.File("a", encoding="utf-8", lazy=False),
+        help="Append one JSON line per dead session, before it is deleted.",
+    ),
+    click.option(
+        "--forget-node",
+        "forgotten",
+        multiple=True,
+        metavar="NAME",
+        help="A node that was removed for good and need not be asked. Repeatable.",
+    ),
+    click.option(
+        "--without-nodes",
+        is_flag=True,
+        help="Go by SQL where rows name nodes that are not configured here.",
+    ),
+    click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
+    click.option("--quiet", is_flag=True, help="Print nothing but errors."),
+)
+
+
 def reap_command(name: str, new_reaper: NewReaper) -> click.Command:
     """The command that removes expired sessions.
 
     :param name: ``reap-sessions`` or its alias.
     """
 
-    @click.command(name, help=_HELP)
-    @click.option(
-        "--batch-size",
-        type=click.IntRange(1, 10_000),
-        default=DEFAULT_BATCH_SIZE,
-        show_default=True,
-        help="Rows read at once.",
-    )
-    @click.option("--limit", type=click.IntRange(1), help="Examine at most this many.")
-    @click.option(
-        "--max-seconds", type=click.FloatRange(0), help="Take at most this long."
-    )
-    @click.option("--dry-run", is_flag=True, help="Change nothing; count only.")
-    @click.option(
-        "--archive",
-        type=click.File("a", encoding="utf-8", lazy=False),
-        help="Append one JSON line per dead session, before it is deleted.",
-    )
-    @click.option(
-        "--forget-node",
-        "forgotten",
-        multiple=True,
-        metavar="NAME",
-        help="A node that was removed for good and need not be asked. Repeatable.",
-    )
-    @click.option(
-        "--without-nodes",
-        is_flag=True,
-        help="Go by SQL where rows name nodes that are not configured here.",
-    )
-    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-    @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
     @with_appcontext
     def command(
         archive: IO[str] | None,
@@ -91,10 +94,8 @@ def reap_command(name: str, new_reaper: NewReaper) -> click.Command:
         **bounds: Any,
     ) -> None:
         reaper = new_reaper(current_app._get_current_object())  # type: ignore[attr-defined]
-        with (
-            _stop_on_signal() as should_stop,
-            _progress(reaper, shown=not (as_json or quiet)) as progress,
-        ):
+        shown = not (as_json or quiet)
+        with _stop_on_signal() as should_stop, _progress(reaper, shown) as progress:
             report = reaper.run(
                 ReapOptions(
                     **bounds,
@@ -110,7 +111,9 @@ def reap_command(name: str, new_reaper: NewReaper) -> click.Command:
             _print(report, quiet=quiet)
         sys.exit(exit_code(report))
 
-    return command
+    for option in reversed(_REAP_OPTIONS):
+        command = option(command)
+    return click.command(name, help=_HELP)(command)
 
 
 _HELP: Final = """Remove expired sessions from SQL.
@@ -201,7 +204,7 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def _progress(reaper: Reaper, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def _progress(reaper: Reaper, shown: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar on a terminal; nothing elsewhere."""
     if not (shown and sys.stderr.isatty()):
         yield lambda rows: None

@@ -289,7 +289,7 @@ class _SealKey:
     """What one secret key is used for."""
 
     mac: hmac.HMAC
-    encryption: bytes
+    encryption: bytes = field(repr=False)
 
 
 class Keyring:
@@ -363,13 +363,18 @@ class Keyring:
     ) -> Copy | CorruptBytes | UnknownFormat:
         """Decrypt a body whose MAC has been verified."""
         try:
+            from cryptography.exceptions import InvalidTag
+
             cipher = _aes_gcm(self._keys[header[5:]].encryption, session_key)
         except ImportError:
             # Another worker has the library; this one cannot say what is in it.
             return UnknownFormat()
         context = header + session_key.encode("ascii")
         nonce, sealed = body[:_NONCE_BYTES], body[_NONCE_BYTES:]
-        return _unpack(cipher.decrypt(nonce, sealed, context))
+        try:
+            return _unpack(cipher.decrypt(nonce, sealed, context))
+        except (InvalidTag, ValueError):
+            return CorruptBytes()
 
     def _mac(self, header: bytes, session_key: str, body: bytes) -> bytes:
         mac = self._keys[header[5:]].mac.copy()

@@ -244,6 +244,13 @@ def judge_row(
         record = replace(record, writes=max(record.writes, 1))
     else:
         record = _join_all([row.record, *copies])
+        # The row was read last, so that a copy which knows a later version is from
+        # before SQL was set back to an older state.
+        record = replace(
+            record,
+            row_version=row.record.row_version,
+            synced_ms=min(record.synced_ms, row.record.synced_ms),
+        )
         if not same_state(record, row.record):
             # The row is behind, which the bookkeeping of its own sync does not say.
             record = replace(record, writes=max(record.writes, 1))

@@ -101,10 +101,11 @@ class Session(dict[str, Any], SessionMixin):
 
         :raises SessionUnavailable: the session could not be loaded.
         """
-        self._writable()
-        self._sid = new_sid()
-        self.id_wanted_new = True
-        self.modified = True
+        self.ensure_loaded()
+        if self._writable():
+            self._sid = new_sid()
+            self.id_wanted_new = True
+            self.modified = True
 
     def sync(self) -> None:
         """Write this session to SQL at the end of this request.
@@ -113,8 +114,9 @@ class Session(dict[str, Any], SessionMixin):
 
         :raises SessionUnavailable: the session could not be loaded.
         """
-        self._writable()
-        self.sync_wanted = True
+        self.ensure_loaded()
+        if self._writable():
+            self.sync_wanted = True
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy, a deep copy or a pickle of a session is a dict: there is one session
@@ -172,8 +174,8 @@ class Session(dict[str, Any], SessionMixin):
         """Whether there is nothing in it that is worth storing."""
         return self.keys() <= _BOOKKEEPING
 
-    def _writable(self) -> None:
-        self.ensure_loaded()
+    def _writable(self) -> bool:
+        return True
 
 
 class LoadedSession(Session):
@@ -228,8 +230,9 @@ class LoadedSession(Session):
 class UnavailableSession(Session):
     """An empty session that cannot be written."""
 
-    def _writable(self) -> None:
+    def _writable(self) -> bool:
         self.visit.refuse_write()
+        return False
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._writable()
@@ -246,20 +249,22 @@ class UnavailableSession(Session):
         """Refused: it may not be known whether there is something to end."""
         self._writable()
 
+    def pop(self, key: str, *default: Any) -> Any:
+        """Refused: somebody may believe that this logged them out."""
+        self._writable()
+        return super().pop(key, *default)
+
+    def popitem(self) -> tuple[str, Any]:
+        """Refused."""
+        self._writable()
+        return super().popitem()
+
     def setdefault(self, key: str, default: Any = None) -> Any:
         """Refused; afterwards the default, as if it had been set."""
         self._writable()
         return default
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Refused."""
-        self._writable()
-
-    def regenerate(self) -> None:
-        """Refused."""
-        self._writable()
-
-    def sync(self) -> None:
         """Refused."""
         self._writable()
 

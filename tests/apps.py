@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from werkzeug.test import TestResponse
 
 from flask_resilient_session import ResilientSession
 from flask_resilient_session.clock import SystemClock
+from flask_resilient_session.codec import encode_value
+from flask_resilient_session.record import Entry, Record
+from flask_resilient_session.replication import row_expires_ms
 from servers import Memcached
 
 #: Statements that are not counted: they are no work of the database's.
@@ -25,6 +29,13 @@ _FREE = ("BEGIN", "COMMIT", "ROLLBACK", "PRAGMA", "SAVEPOINT", "RELEASE")
 
 #: What a test may do in a request; what it returns is the response.
 Action = Callable[[], Any]
+
+
+@sa.event.listens_for(sa.Engine, "connect")
+def _hurry(connection: Any, _: object) -> None:
+    """Do not wait for the disk at every commit: no test pulls the plug."""
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous = OFF").close()
 
 
 class Cost(NamedTuple):
@@ -254,3 +265,36 @@ def key_of(sid: str) -> str:
 def item_of(sid: str) -> str:
     """The memcached key of an id."""
     return "session:" + key_of(sid)
+
+
+def add_rows(site: Site, count: int) -> list[str]:
+    """Rows of that many sessions, last used and synced now; their keys."""
+    keys = [hashlib.sha256(b"%d" % number).hexdigest() for number in range(count)]
+    keyring, now_ms = site.state.keys.of(site.app).keyring, site.state.clock.now_ms()
+    homes = tuple(node.address for node in site.nodes)
+    record = Record(
+        {"n": Entry(now_ms, 0, encode_value("n", 1))},
+        created_ms=now_ms,
+        last_use_ms=now_ms,
+        synced_ms=now_ms,
+        row_version=1,
+        homes=homes,
+    )
+    timing = site.state.settings.timing(site.app.permanent_session_lifetime)
+    values = {
+        "version": 1,
+        "user_id": None,
+        "homes": ",".join(homes),
+        "created_at": now_ms,
+        "synced_at": now_ms,
+        "expires_at": row_expires_ms(record, timing),
+    }
+    rows = [
+        values | {"session_key": key, "record": keyring.seal(key, record)}
+        for key in keys
+    ]
+    with site.state.sql.engine.connect() as connection:
+        connection.exec_driver_sql("BEGIN")
+        connection.execute(sa.insert(site.state.sql.table), rows)
+        connection.exec_driver_sql("COMMIT")
+    return keys

@@ -61,6 +61,8 @@ LIFETIME: Final = 24 * 3600
 #: Patient, so that a slow machine is not taken for a fault; quick to try again.
 CONFIG: Final[Mapping[str, Any]] = {
     "SECRET_KEY": "a secret of the lab " * 2,
+    "SESSION_COOKIE_SECURE": True,
+    "SESSION_COOKIE_SAMESITE": "Lax",
     "PERMANENT_SESSION_LIFETIME": LIFETIME,
     "RESILIENT_SESSION_SYNC_INTERVAL": N,
     "RESILIENT_SESSION_NODE_TIMEOUT": 1.0,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from flask_resilient_session.replication import MOVE_AT_WORK_MS
 from lab import (
     DEAD,
     FIRST,
@@ -63,6 +64,10 @@ each_end = pytest.mark.parametrize(
 )
 
 End = Callable[[User], Answer]
+
+#: Seconds after which nobody takes a move for one still at work, so that every reader
+#: buries the copies that it missed.
+MOVED_LONG_AGO = MOVE_AT_WORK_MS / 1000 + 1
 
 
 def all_over(lab: Lab, user: User) -> list[Any]:
@@ -131,6 +136,11 @@ def test_old_copy_comes_back(lab: Lab, home: str, end: End, remains: str) -> Non
     lab.put(late, home, copy)
     lab.restart(late, OTHER[home])
     assert late.sees() == {}
+    assert lab.copy(late, OTHER[home]) == remains
+    lab.put(late, home, copy)
+    lab.restart(late, OTHER[home])
+    lab.pass_time(MOVED_LONG_AGO)
+    assert late.sees() == {}
     assert all_over(lab, late) == [remains] * 3
 
 
@@ -157,7 +167,7 @@ def test_one_home_killed(lab: Lab, home: str, end: End, remains: str) -> None:
 @each_end
 @each_home
 def test_one_home_frozen(hasty: Lab, home: str, end: End, remains: str) -> None:
-    """A home that slept through the end awakes with an old copy that nobody believes."""
+    """A home that slept through the end awakes with a copy that nobody believes."""
     user = hasty.member(x=1)
     hasty.freeze(user, home)
     late = ended(end, user)
@@ -208,6 +218,8 @@ def test_one_home_cut_off_and_the_other_restarted_first(
     hasty.restart(late, OTHER[home])
     local = User(hasty.worker, late.cookie)
     assert hasty.copy(local, home) == MEMBER
+    assert local.sees() == {}
+    assert hasty.copy(local, OTHER[home]) == remains
     assert local.sees() == {}
     assert all_over(hasty, local) == [remains] * 3
 

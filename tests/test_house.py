@@ -35,6 +35,9 @@ LEVELS = {
     # one server each
     "node": 2,
     "sql": 2,
+    # what spares SQL some work
+    "flights": 2,
+    "trust": 2,
     # all copies, the row
     "cluster": 3,
     "homes": 4,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from builders import (
 )
 from flask_resilient_session.errors import SessionTooLarge
 from flask_resilient_session.replication import Gone, Live, Standing
+from misbehaving import run_together
 from servers import Memcached
 
 
@@ -166,6 +168,27 @@ def test_two_requests_change_different_keys(site: Site) -> None:
     assert content(saved) == both
     assert [content(copy) for copy in site.copies(ALICE)] == [both] * 2
     assert site.observer.stats["conflicts"] == 1
+
+
+def test_many_requests_of_two_workers_at_once(
+    nodes: list[Memcached], tmp_path: Path
+) -> None:
+    """Six requests change six keys, over and over: no change is lost anywhere."""
+    sites = [make_site(nodes, tmp_path) for _ in range(2)]
+    sites[0].create(ALICE, page=1)
+
+    def requests(number: int) -> None:
+        for turn in range(15):
+            sites[number % 2].change(ALICE, **{f"key{number}": turn})
+
+    results = run_together(*(partial(requests, number) for number in range(6)))
+    assert results == [None] * 6
+    expected = {"page": 1} | {f"key{number}": 14 for number in range(6)}
+    assert sites[0].seen() == expected
+    sites[1].touch()
+    assert [content(copy) for copy in sites[1].copies(ALICE)] == [expected] * 2
+    for site in sites:
+        site.close()
 
 
 def test_two_due_syncs_at_once(site: Site) -> None:

@@ -58,6 +58,8 @@ class Server:
         self.cut: set[int] = set()
         self.lossy = 0.0
         self.full = False
+        #: All that it ever held, by key.
+        self.held: dict[str, list[bytes]] = {}
         self._next_cas = 1
         self._snapshot: dict[str, Item] = {}
 
@@ -150,6 +152,7 @@ class Server:
     def _store(self, key: str, data: bytes, expires_ms: int) -> None:
         self._next_cas += 1
         self.items[key] = Item(data, self._next_cas, expires_ms)
+        self.held.setdefault(key, []).append(data)
 
 
 class Exchange:
@@ -366,6 +369,8 @@ class Database:
     def __init__(self, world: World) -> None:
         self.world = world
         self.rows: dict[str, Row] = {}
+        #: All live records that it ever held, by key.
+        self.held: dict[str, list[bytes]] = {}
         self.down = False
         self.lossy = 0.0
         self.on_live: Callable[[str], None] = lambda key: None
@@ -386,6 +391,7 @@ class Database:
         if row.session_key in self.rows:
             return False
         self.rows[row.session_key] = row
+        self._hold(row)
         if row.revoked_at is None:
             self.on_live(row.session_key)
         return True
@@ -400,7 +406,12 @@ class Database:
         self.rows[row.session_key] = dataclasses.replace(
             row, created_at=found.created_at
         )
+        self._hold(row)
         return True
+
+    def _hold(self, row: Row) -> None:
+        if row.record is not None:
+            self.held.setdefault(row.session_key, []).append(row.record)
 
     def kill(self, tombstone: Row) -> bool:
         """UPDATE of a live row of any version into a tombstone."""

@@ -21,7 +21,8 @@ _REQUESTS = {
     "own": 5,
     "shared": 4,
     "delete": 2,
-    "sync": 1,
+    "sync": 0.7,
+    "sync delete": 0.7,
     "logout": 0.6,
     "revoke": 0.3,
     "regenerate": 0.9,
@@ -236,10 +237,10 @@ def _full(rng: Random) -> list[Action]:
     """Nodes refuse writes, all at once too, with SQL up."""
     actions = []
     for _ in range(rng.randint(1, 3)):
-        actions += [_sleep(rng), Action("full", rng.choice((*NODES, "all")))]
+        actions += [_sleep(rng), Action("full", rng.choice((*NODES, "all", "all")))]
         if rng.random() < 0.3:
             actions.append(_jump(rng))
-        actions += [_sleep(rng), Action("heal", "all")]
+        actions += [_sleep(rng, rng.choice((5, 40))), Action("heal", "all")]
     actions.append(Action("settle", pinned=True))
     return actions
 
@@ -264,8 +265,13 @@ def _reaper(rng: Random) -> list[Action]:
     """Sessions expire while reapers run and a node may fail."""
     actions = []
     for _ in range(rng.randint(1, 4)):
-        days = rng.choice((1, 3, 4, 5, 20, 21))
+        days = rng.choice((1, 2, 3, 4, 5, 20, 21))
         jump = days * DAY + rng.choice((-2, 0, 1, 2)) * HOUR
+        if rng.random() < 0.3:
+            # Uses that SQL does not hear of.
+            actions += [_sleep(rng, 30), Action("sql down")]
+            actions += [_sleep(rng, 10), Action("jump", amount=3 * DAY)]
+            actions += [_sleep(rng), Action("sql up", pinned=True)]
         actions += [_sleep(rng, 30), Action("jump", amount=jump)]
         for _ in range(rng.randint(1, 2)):
             actions.append(Action("reap", worker=rng.randrange(WORKERS)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from random import Random
@@ -46,6 +46,22 @@ _SETTLE_TRIES = 8
 @lru_cache(maxsize=64)
 def _ring(names: frozenset[str]) -> Ring:
     return Ring([RingNode(name) for name in sorted(names)], 2)
+
+
+def _holds(
+    copies: Sequence[bytes], key: str, wanted: Mapping[str, bytes | None]
+) -> bool:
+    """Whether one of the sealed copies, the latest first, has these values."""
+    for data in reversed(copies):
+        # Sealed is not encrypted: most can be ruled out at a glance.
+        if not all(v is not None and v in data for v in wanted.values()):
+            continue
+        copy = _KEYRING.unseal(key, data)
+        if isinstance(copy, Record):
+            entries = copy.entries
+            if all(k in entries and entries[k].value == v for k, v in wanted.items()):
+                return True
+    return False
 
 
 class Worker:
@@ -342,7 +358,7 @@ class Run:
         world, history = self.world, self.history
         start, start_ms = world.step, world.wall_ms
         line, key = Line(), self._new_key()
-        changes = {"s": self._new_value()}
+        changes: dict[str, bytes | None] = {"s": self._new_value()}
         if required:
             changes[USER] = encode_value(USER, f"user {self._values}")
         writes = history.write(line, changes, start)
@@ -351,6 +367,7 @@ class Run:
         except SessionUnavailable:
             self._count("unavailable", "create")
             return None
+        self._check_places(worker, key, changes)
         session = history.born(
             key, line, start=start, start_ms=start_ms, durable=required
         )
@@ -396,7 +413,7 @@ class Run:
     ) -> str:
         history, start_ms = self.history, self.world.wall_ms
         changes = self._changes(what, live)
-        required = what == "sync"
+        required = what.startswith("sync")
         writes = history.write(session.line, changes, start)
         try:
             saved = worker.store.save(access, live, changes, required=required)
@@ -408,18 +425,33 @@ class Run:
             return "gone"
         if required:
             history.in_sql(session, start)
+        if session.end_asked == NEVER:
+            self._check_places(worker, session.key, changes)
         history.acknowledge(writes, durable=required)
         history.used(session, start_ms)
         if saved.standing is Standing.UNVERIFIED:
             return self._count("unverified", session.name)
         return self._count("live", session.name)
 
+    def _check_places(
+        self, worker: Worker, key: str, changes: Mapping[str, bytes | None]
+    ) -> None:
+        """What is acknowledged has reached both homes, or SQL."""
+        wanted = {name: value for name, value in changes.items() if value is not None}
+        if not wanted or _holds(self.database.held.get(key, ()), key, wanted):
+            return
+        for name in _ring(worker.names).homes(key):
+            if not _holds(self.servers[name].held.get(key, ()), key, wanted):
+                raise Violation(
+                    "G2", f"{key[:6]}: {wanted} is acknowledged, and not on {name}"
+                )
+
     def _changes(self, what: str, live: Live) -> dict[str, bytes | None]:
         if what == "own":
             return {f"own{self._values}": self._new_value()}
         if what == "shared":
             return {"s": self._new_value()}
-        if what == "delete":
+        if what in ("delete", "sync delete"):
             keys = sorted(live.record.payload().keys() - {USER})
             if keys:
                 return {self.world.rng.choice(keys): None}

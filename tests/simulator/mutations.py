@@ -1,0 +1,301 @@
+"""The protocol's rules, switched off one at a time.
+
+The checkers are worth something only if they notice: each of these must be caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from flask_resilient_session import homes, loading, replication, saving
+from flask_resilient_session.access import Access
+from flask_resilient_session.cluster import Cluster
+from flask_resilient_session.durable import Durable
+from flask_resilient_session.ending import Ender
+from flask_resilient_session.errors import SqlUnavailable
+from flask_resilient_session.homes import Homes
+from flask_resilient_session.loading import Loader
+from flask_resilient_session.reaper import Reaper
+from flask_resilient_session.record import (
+    Hit,
+    Miss,
+    Record,
+    Tombstone,
+    drop_markers,
+)
+from flask_resilient_session.replication import (
+    Gone,
+    InsertFirst,
+    Live,
+    Outcome,
+    SqlNeed,
+    Standing,
+    refresh_due,
+)
+from flask_resilient_session.saving import Saver
+from flask_resilient_session.wire import Ack, Set
+
+
+class Patch(Protocol):
+    """Sets an attribute until the test ends."""
+
+    def __call__(self, target: object, name: str, value: object) -> None:
+        """Do it."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One rule switched off.
+
+    :ivar kind: the class of schedules that must notice.
+    """
+
+    name: str
+    kind: str
+    apply: Callable[[Patch], None]
+
+
+MUTATIONS: list[Mutation] = []
+
+
+def _mutation(kind: str) -> Callable[[Callable[[Patch], None]], Callable[..., None]]:
+    def register(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
+        MUTATIONS.append(Mutation(apply.__name__, kind, apply))
+        return apply
+
+    return register
+
+
+# --- writing ---------------------------------------------------------------------
+
+
+@_mutation("none")
+def blind_set(patch: Patch) -> None:
+    """Copies are set, not swapped."""
+
+    def place(
+        self: Cluster, session_key: str, data: bytes, exptime: int, token: object
+    ) -> Set:
+        return Set(self._key_prefix + session_key, data, exptime)
+
+    patch(Cluster, "place", place)
+
+
+@_mutation("none")
+def conflict_ignored(patch: Patch) -> None:
+    """A write that met a concurrent one is acknowledged."""
+    real = saving.judge_acks
+
+    def judge_acks(*args: Any, **kwargs: Any) -> Outcome:
+        outcome = real(*args, **kwargs)
+        return Outcome.ACKNOWLEDGED if outcome is Outcome.CONFLICT else outcome
+
+    patch(saving, "judge_acks", judge_acks)
+
+
+@_mutation("node")
+def one_home_is_enough(patch: Patch) -> None:
+    """A change that only one home took is acknowledged without SQL."""
+    real = saving.judge_acks
+
+    def judge_acks(acks: Mapping[str, Ack], **kwargs: Any) -> Outcome:
+        outcome = real(acks, **kwargs)
+        stored = Ack.STORED in acks.values()
+        if outcome is Outcome.SQL_NOW and stored:
+            return Outcome.ACKNOWLEDGED
+        return outcome
+
+    patch(saving, "judge_acks", judge_acks)
+
+
+@_mutation("node")
+def homes_before_sql(patch: Patch) -> None:
+    """From less than an agreed pair the homes are written, and SQL when it is due."""
+    real = saving.sql_need
+
+    def sql_need(live: Live, **kwargs: Any) -> SqlNeed:
+        if live.standing is Standing.CONFIRMED:
+            live = replace(live, standing=Standing.AGREED)
+        return real(live, **kwargs)
+
+    patch(saving, "sql_need", sql_need)
+    patch(saving, "judge_acks", lambda acks, **_: Outcome.ACKNOWLEDGED)
+
+
+@_mutation("full")
+def refused_not_removed(patch: Patch) -> None:
+    """A refused write leaves the old copies, which still agree."""
+    patch(homes, "to_remove", lambda acks: [])
+
+
+@_mutation("full")
+def all_refused_removed(patch: Patch) -> None:
+    """Every home that refused a write loses its copy, whatever it is by then."""
+
+    def to_remove(acks: Mapping[str, Ack]) -> list[str]:
+        if Ack.STORED in acks.values():
+            return []
+        return [name for name, ack in acks.items() if ack is Ack.REFUSED]
+
+    patch(homes, "to_remove", to_remove)
+
+
+@_mutation("none")
+def repair_by_set(patch: Patch) -> None:
+    """Copies are repaired over whatever stands there by now."""
+
+    def keep_times(
+        self: Saver,
+        access: Access,
+        live: Live,
+        record: Record,
+        *,
+        in_sql: bool,
+        now_ms: int,
+    ) -> None:
+        if in_sql or live.repairs or refresh_due(record, access.timing, now_ms):
+            data, exptime = self._homes._sealed(access, record, now_ms)
+            request = self._homes.cluster.bury(access.session_key, data, exptime)
+            self._homes.cluster.write(
+                [(name, request) for name in live.places], access.deadline
+            )
+
+    patch(Saver, "_keep_times", keep_times)
+
+
+@_mutation("memory")
+def sync_only_on_writes(patch: Patch) -> None:
+    """A request that changes nothing never writes SQL."""
+    real = saving.sql_need
+
+    def sql_need(live: Live, *, changed: bool, required: bool, **rest: Any) -> SqlNeed:
+        if not changed and not required:
+            return SqlNeed.NONE
+        return real(live, changed=changed, required=required, **rest)
+
+    patch(saving, "sql_need", sql_need)
+
+
+@_mutation("none")
+def floor_after_changes(patch: Patch) -> None:
+    """Markers are dropped after the changes, from whatever was seen."""
+    real = Durable.update
+
+    def update(self: Durable, access: Access, record: Record) -> Record | None:
+        return real(self, access, drop_markers(record, 0))
+
+    patch(Durable, "update", update)
+
+
+# --- reading ---------------------------------------------------------------------
+
+
+@_mutation("node")
+def lone_copy_trusted(patch: Patch) -> None:
+    """One copy is served without asking SQL."""
+    real = loading.judge_copies
+
+    def judge_copies(replies: Any, timing: Any, now_ms: int) -> Live | Gone | None:
+        verdict = real(replies, timing, now_ms)
+        hits = [r for r in replies.values() if isinstance(r, Hit)]
+        if verdict is not None or len(hits) != 1 or isinstance(hits[0].copy, Tombstone):
+            return verdict
+        places = replication._places(replies)
+        return Live(hits[0].copy, Standing.AGREED, places)
+
+    patch(loading, "judge_copies", judge_copies)
+
+
+@_mutation("node")
+def missing_row_is_gone(patch: Patch) -> None:
+    """A session without a row is gone, though it never had one."""
+    real = loading.judge_row
+
+    def judge_row(*args: Any) -> Any:
+        verdict = real(*args)
+        return Gone("missing") if isinstance(verdict, InsertFirst) else verdict
+
+    patch(loading, "judge_row", judge_row)
+
+
+@_mutation("ring")
+def homes_not_compared(patch: Patch) -> None:
+    """Copies agree although they were written for other homes."""
+    patch(replication, "_vouches", lambda copy, names: not copy.unverified)
+
+
+# --- ending ----------------------------------------------------------------------
+
+
+@_mutation("memory")
+def no_tombstones_in_sql(patch: Patch) -> None:
+    """A logout tells the homes only."""
+    patch(Durable, "bury", lambda *_: None)
+
+
+@_mutation("node+sql")
+def sql_skipped_at_logout(patch: Patch) -> None:
+    """A logout tells the homes, then SQL, and is content with one of them."""
+
+    def end(self: Ender, access: Access, live: Live | None, also: object = ()) -> None:
+        tombstone = Tombstone("ended", self._clock.now_ms())
+        self._homes.bury(access, tombstone, self._homes.names(access))
+        try:
+            self._durable.bury(access, tombstone, None if live is None else live.record)
+        except SqlUnavailable:
+            pass
+
+    patch(Ender, "end", end)
+
+
+@_mutation("none")
+def no_tombstones_on_homes(patch: Patch) -> None:
+    """A logout tells SQL only."""
+    patch(Homes, "bury", lambda self, access, tombstone, names: {})
+
+
+@_mutation("node+sql")
+def debts_not_paid(patch: Patch) -> None:
+    """A tombstone that SQL has not heard of stays where it is."""
+    patch(Loader, "_spread", lambda self, access, gone: gone)
+
+
+@_mutation("none")
+def moves_by_set(patch: Patch) -> None:
+    """A move buries the old copies unread."""
+
+    def exchange(
+        self: Ender,
+        old: Access,
+        live: Live,
+        tombstone: Tombstone,
+        new: Access,
+        record: Record,
+        now_ms: int,
+    ) -> None:
+        self._homes.bury(old, tombstone, self._homes.names(old))
+        places = dict.fromkeys(self._homes.names(new))
+        self._homes.write(new, record, places, now_ms)
+
+    patch(Ender, "_exchange_homes", exchange)
+
+
+@_mutation("none")
+def moved_buried_by_readers(patch: Patch) -> None:
+    """Readers bury the copies that a move has still to look at."""
+    patch(replication, "MOVE_AT_WORK_MS", 0)
+
+
+# --- reaping ---------------------------------------------------------------------
+
+
+@_mutation("reaper")
+def reaper_asks_nobody(patch: Patch) -> None:
+    """A row is judged without its homes."""
+
+    def ask(self: Reaper, access: Access, row: Any, options: Any) -> dict[str, Miss]:
+        return {name: Miss() for name in row.homes}
+
+    patch(Reaper, "_ask", ask)

@@ -1,0 +1,387 @@
+"""The reaper deletes what is dead, renews what is alive, and keeps what is in doubt."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from flask import session
+
+from apps import Site, Sites, TimeMachine, add_rows, item_of, key_of
+from flask_resilient_session import ReapReport, session_expired
+from servers import Memcached, wait_until
+
+LIFETIME = 3600
+#: Longer than a row outlives its session, grace included.
+PAST = 2 * LIFETIME
+DAY = 24 * 3600
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> TimeMachine:
+    """Time that a test moves."""
+    return TimeMachine(monkeypatch)
+
+
+@pytest.fixture
+def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
+    """Applications on two nodes."""
+    with Sites(nodes, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def site(sites: Sites, clock: TimeMachine) -> Site:
+    """One application whose sessions live an hour; one visitor is logged in."""
+    site = sites(PERMANENT_SESSION_LIFETIME=LIFETIME)
+    site.set(_user_id="1")
+    return site
+
+
+def reap(site: Site, **options: Any) -> ReapReport:
+    """One pass."""
+    with site.app.app_context():
+        report = site.sessions.reap(**options)
+    assert report.failed is None
+    return report
+
+
+def succeeded(site: Site) -> ReapReport | None:
+    """The report of a pass, if SQL did not fail."""
+    with site.app.app_context():
+        report = site.sessions.reap()
+    return report if report.failed is None else None
+
+
+def change_row(site: Site, **values: Any) -> None:
+    """Change every row behind the extension's back."""
+    with site.state.sql.engine.connect() as connection:
+        connection.execute(sa.update(site.state.sql.table).values(values))
+
+
+def counts(report: ReapReport) -> tuple[int, int, int, int]:
+    """Examined, renewed, reaped, unchecked."""
+    return report.examined, report.renewed, report.reaped, report.unchecked
+
+
+# --- what is dead ----------------------------------------------------------------
+
+
+def test_nothing_is_looked_at_before_its_time(site: Site, clock: TimeMachine) -> None:
+    """A row outlives its session by the sync and refresh intervals and the grace."""
+    assert counts(reap(site)) == (0, 0, 0, 0)
+    row = site.rows()[key_of(site.sid())]
+    assert row.expires_at > clock.now_ms() + LIFETIME * 1000
+    clock.forward((row.expires_at - clock.now_ms()) / 1000 + 55)
+    assert counts(reap(site)) == (0, 0, 0, 0)
+    clock.forward(10)
+    assert counts(reap(site)) == (1, 0, 1, 0)
+    assert site.rows() == {}
+
+
+def test_the_dead_are_announced_with_their_data(site: Site, clock: TimeMachine) -> None:
+    """session_expired carries the newest data, also what only memory had."""
+    site.data()
+    site.set(late=(1, 2))
+    told: list[dict[str, Any]] = []
+
+    def listener(sender: object, **fields: Any) -> None:
+        told.append(fields)
+
+    clock.forward(PAST)
+    with session_expired.connected_to(listener, site.app):
+        reap(site)
+    assert told == [
+        {
+            "session": key_of(site.sid())[:12],
+            "data": {"_user_id": "1", "late": (1, 2)},
+        }
+    ]
+
+
+def test_a_living_neighbour_stays(site: Site, clock: TimeMachine) -> None:
+    """Only what is past its time goes."""
+    clock.forward(PAST)
+    neighbour = site.app.test_client()
+    site.set(neighbour, _user_id="2")
+    assert counts(reap(site)) == (1, 0, 1, 0)
+    assert site.data(neighbour) == {"_user_id": "2"}
+    assert site.data() == {}
+
+
+def test_a_reaped_session_stays_dead(site: Site, clock: TimeMachine) -> None:
+    """What a node still holds of it does not count."""
+    clock.forward(PAST)
+    reap(site)
+    assert site.data() == {}
+    assert site.set(a=1).status_code == 200
+    assert site.data() == {"a": 1}
+
+
+def test_a_dry_run_changes_nothing(site: Site, clock: TimeMachine) -> None:
+    """It counts what would be done."""
+    clock.forward(PAST)
+    before = site.rows()
+    report = reap(site, dry_run=True)
+    assert counts(report) == (1, 0, 1, 0)
+    assert report.dry_run
+    assert site.rows() == before
+
+
+def test_under_flasks_default_lifetime_a_row_is_counted_once(
+    sites: Sites, clock: TimeMachine, nodes: list[Memcached]
+) -> None:
+    """31 days are over what memory keeps: the row is on both lists of the pass."""
+    site = sites()
+    site.set(_user_id="1")
+    clock.forward(40 * DAY)
+    assert counts(reap(site, dry_run=True)) == (1, 0, 1, 0)
+    nodes[0].kill()
+    assert counts(reap(site)) == (1, 0, 0, 1)
+
+
+# --- what is alive ---------------------------------------------------------------
+
+
+def test_what_is_alive_in_memory_is_renewed(site: Site, clock: TimeMachine) -> None:
+    """SQL was away while the session was used: the row learns of it, and its data."""
+    with pytest.MonkeyPatch.context() as patch:
+        site.break_sql(patch)
+        for step in range(4):
+            clock.forward(LIFETIME * 0.6)
+            site.set(step=step)
+    # This process skips SQL for a moment still.
+    report = wait_until(lambda: succeeded(site))
+    assert counts(report) == (1, 1, 0, 0)
+    row = site.rows()[key_of(site.sid())]
+    assert row.expires_at > clock.now_ms() + LIFETIME * 1000
+    for node in site.nodes:
+        node.flush()
+    assert site.data() == {"_user_id": "1", "step": 3}
+    assert counts(reap(site)) == (0, 0, 0, 0)
+
+
+def test_a_raised_lifetime_renews(site: Site, clock: TimeMachine) -> None:
+    """Expiry is judged by the lifetime as it is now."""
+    clock.forward(PAST)
+    site.app.config["PERMANENT_SESSION_LIFETIME"] = 10 * LIFETIME
+    assert counts(reap(site)) == (1, 1, 0, 0)
+    assert site.data() == {"_user_id": "1"}
+
+
+def test_a_lowered_lifetime_ends_sessions_at_once(
+    site: Site, clock: TimeMachine
+) -> None:
+    """For readers; the row goes when its own time comes."""
+    site.app.config["PERMANENT_SESSION_LIFETIME"] = LIFETIME / 10
+    clock.forward(LIFETIME / 5)
+    assert site.data() == {}
+    assert counts(reap(site)) == (0, 0, 0, 0)
+    clock.forward(PAST)
+    assert counts(reap(site)) == (1, 0, 1, 0)
+
+
+def test_long_lifetimes_are_synced_before_memory_forgets(
+    sites: Sites, clock: TimeMachine
+) -> None:
+    """memcached keeps nothing for over 30 days: an idle tail is saved after 28."""
+    site = sites(PERMANENT_SESSION_LIFETIME=90 * DAY)
+    site.set(_user_id="1")
+    site.set(tail=1)
+    assert counts(reap(site)) == (0, 0, 0, 0)
+    clock.forward(29 * DAY)
+    assert counts(reap(site)) == (1, 1, 0, 0)
+    assert counts(reap(site)) == (0, 0, 0, 0)
+    for node in site.nodes:
+        node.flush()
+    assert site.data() == {"_user_id": "1", "tail": 1}
+
+
+def test_renewing_a_session_is_no_use_of_it(sites: Sites, clock: TimeMachine) -> None:
+    """The reaper's visits must not keep a session alive for ever."""
+    site = sites(PERMANENT_SESSION_LIFETIME=90 * DAY)
+    site.set(_user_id="1")
+    for _ in range(3):
+        clock.forward(29 * DAY)
+        reap(site)
+    clock.forward(4 * DAY)
+    assert site.data() == {}
+
+
+# --- what is in doubt ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("home", [0, 1])
+@pytest.mark.parametrize("how", ["kill", "freeze"])
+def test_a_row_is_kept_while_a_home_is_silent(
+    sites: Sites, clock: TimeMachine, home: int, how: str
+) -> None:
+    """The silent home may hold a newer copy."""
+    site = sites(
+        PERMANENT_SESSION_LIFETIME=LIFETIME, RESILIENT_SESSION_NODE_TIMEOUT=0.1
+    )
+    site.set(_user_id="1")
+    clock.forward(PAST)
+    before = site.rows()
+    getattr(site.nodes[home], how)()
+    report = reap(site)
+    assert counts(report) == (1, 0, 0, 1)
+    assert list(report.reasons.values()) == [1]
+    assert site.nodes[home].address in next(iter(report.reasons))
+    assert site.rows() == before
+
+
+def test_a_row_of_an_unknown_key_is_kept(site: Site, clock: TimeMachine) -> None:
+    """This host may be behind in a rotation of SECRET_KEY."""
+    clock.forward(PAST)
+    before = site.rows()
+    site.app.secret_key = "another key " * 4
+    assert counts(reap(site)) == (1, 0, 0, 1)
+    assert site.rows() == before
+
+
+def test_a_corrupt_row_without_a_copy_goes(site: Site, clock: TimeMachine) -> None:
+    """There is nothing to be saved in it."""
+    change_row(site, record=b"frs garbage")
+    for node in site.nodes:
+        node.flush()
+    clock.forward(PAST)
+    assert counts(reap(site)) == (1, 0, 1, 0)
+
+
+def test_a_corrupt_row_of_a_living_session_is_replaced(
+    site: Site, clock: TimeMachine
+) -> None:
+    """Its copies are good."""
+    change_row(site, record=b"garbage", expires_at=1)
+    assert counts(reap(site)) == (1, 1, 0, 0)
+    for node in site.nodes:
+        node.flush()
+    assert site.data() == {"_user_id": "1"}
+
+
+def test_a_row_that_changed_meanwhile_is_left_alone(
+    site: Site, clock: TimeMachine
+) -> None:
+    """Somebody renewed it after it was read."""
+    clock.forward(PAST)
+
+    def archive(dead: dict[str, Any]) -> None:
+        row = site.rows()[key_of(site.sid())]
+        change_row(site, version=row.version + 1)
+
+    assert counts(reap(site, archive=archive)) == (1, 0, 0, 0)
+    assert len(site.rows()) == 1
+
+
+# --- what was ended --------------------------------------------------------------
+
+
+def test_a_logged_out_session_never_comes_back(site: Site, clock: TimeMachine) -> None:
+    """While a node holds an old copy the tombstone stays; then it goes too."""
+    sid, cookie = site.sid(), site.cookie()
+    copies = [node.raw_get(item_of(sid)) for node in site.nodes]
+    site.visit(lambda: session.clear())
+    for node, data in zip(site.nodes, copies, strict=True):
+        assert data is not None
+        node.raw_set(item_of(sid), data)
+    change_row(site, expires_at=1)
+    assert counts(reap(site)) == (1, 0, 0, 1)
+    assert site.rows()[key_of(sid)].revoked_at is not None
+    clock.forward(PAST)
+    change_row(site, expires_at=1)
+    assert counts(reap(site)) == (1, 0, 1, 0)
+    assert site.data(site.browser_with(cookie)) == {}
+
+
+def test_a_debt_is_paid(site: Site) -> None:
+    """Logged out while SQL was away: the row becomes a tombstone, not a session."""
+    sid, cookie = site.sid(), site.cookie()
+    with pytest.MonkeyPatch.context() as patch:
+        site.break_sql(patch)
+        assert site.visit(lambda: session.clear()).status_code == 200
+    assert site.rows()[key_of(sid)].revoked_at is None
+    change_row(site, expires_at=1)
+    report = reap(site)
+    assert (report.examined, report.renewed, report.unchecked) == (1, 0, 0)
+    assert site.rows()[key_of(sid)].revoked_at is not None
+    for node in site.nodes:
+        node.flush()
+    assert site.data(site.browser_with(cookie)) == {}
+
+
+# --- many ------------------------------------------------------------------------
+
+
+def test_two_thousand_rows_go_in_bounded_batches(
+    site: Site, clock: TimeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory does not grow with the table: a page at a time."""
+    add_rows(site, 2000)
+    pages: list[int] = []
+    page_expired = site.state.sql.page_expired
+
+    def spy(*args: Any) -> Any:
+        rows = page_expired(*args)
+        pages.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(site.state.sql, "page_expired", spy)
+    clock.forward(PAST)
+    report = reap(site)
+    assert counts(report) == (2001, 0, 2001, 0)
+    assert (max(pages), report.batches) == (500, 5)
+    assert site.rows() == {}
+
+
+def test_two_reapers_at_once(site: Site, clock: TimeMachine) -> None:
+    """Each row is deleted once, by either; both come to an end."""
+    add_rows(site, 200)
+    clock.forward(PAST)
+    reports: list[ReapReport] = []
+    ready = threading.Barrier(2)
+
+    def run() -> None:
+        ready.wait(10)
+        reports.append(reap(site, batch_size=20))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reports) == 2
+    assert sum(report.reaped for report in reports) == 201
+    assert site.rows() == {}
+
+
+def test_one_that_failed_in_the_middle_can_be_run_again(
+    site: Site, clock: TimeMachine
+) -> None:
+    """Nothing is lost, nothing is left."""
+    add_rows(site, 30)
+    clock.forward(PAST)
+    archived: list[str] = []
+
+    def archive(dead: dict[str, Any]) -> None:
+        if len(archived) == 10:
+            raise OSError("the disk is full")
+        archived.append(dead["session"])
+
+    with pytest.raises(OSError, match="disk"):
+        reap(site, archive=archive)
+    assert len(site.rows()) == 21
+    assert counts(reap(site)) == (21, 0, 21, 0)
+
+
+def test_rows_without_homes_need_no_answer(sites: Sites, clock: TimeMachine) -> None:
+    """Sessions in SQL alone."""
+    sites.nodes = []
+    site = sites(PERMANENT_SESSION_LIFETIME=LIFETIME)
+    site.set(_user_id="1")
+    clock.forward(PAST)
+    assert counts(reap(site)) == (1, 0, 1, 0)
