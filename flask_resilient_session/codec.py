@@ -116,6 +116,7 @@ def decode_value(data: bytes) -> Any:
             data,
             ext_hook=_read_scalar,
             strict_map_key=False,
+            timestamp=3,  # a datetime; never written here, but known to msgpack
             unicode_errors="surrogatepass",
         )
     except _MALFORMED as error:
@@ -258,6 +259,7 @@ class _MarkedReader:
             ext_hook=self._extension,
             list_hook=self._array,
             strict_map_key=False,
+            timestamp=3,  # a datetime; never written here, but known to msgpack
             unicode_errors="surrogatepass",
         )
         if self._unclaimed:

@@ -11,14 +11,12 @@ from flask import Flask, Request, Response
 from flask.sessions import SessionInterface
 from itsdangerous import BadSignature, Signer
 
-#: Exactly what ``session.new_sid`` makes; anything else was never an id of ours.
-_SID: Final = re.compile(r"[A-Za-z0-9_-]{43}", re.ASCII)
+#: An id exactly as ``session.new_sid`` makes it, a dot, and a signature: anything else
+#: was never a cookie of ours.
+_COOKIE: Final = re.compile(r"[A-Za-z0-9_-]{43}\.[A-Za-z0-9_-]{43}", re.ASCII)
 
 #: Keeps our signatures apart from others made with the same secret key.
 _SALT: Final = "flask-resilient-session"
-
-#: An id, a dot and a signature of 43 characters; longer cookies are not looked at.
-_LONGEST: Final = 43 + 1 + 43
 
 
 class CookieSigner:
@@ -43,13 +41,12 @@ class CookieSigner:
 
     def unsign(self, value: str) -> str | None:
         """The id in a cookie's value; None for anything that is not ours."""
-        if len(value) != _LONGEST or not value.isascii():
+        if not _COOKIE.fullmatch(value):
             return None
         try:
-            sid = self._signer.unsign(value).decode("ascii")
+            return self._signer.unsign(value).decode("ascii")
         except BadSignature:
             return None
-        return sid if _SID.fullmatch(sid) else None
 
 
 def read_cookie(interface: SessionInterface, app: Flask, request: Request) -> str:
@@ -105,7 +102,9 @@ def _attributes(interface: SessionInterface, app: Flask) -> dict[str, Any]:
 
 def doubtful_settings(interface: SessionInterface, app: Flask) -> list[str]:
     """What is wrong or missing in Flask's cookie settings, a sentence each."""
+    # Browsers take the prefixes in any case.
     name = interface.get_cookie_name(app)
+    prefixed = name.lower()
     secure = interface.get_cookie_secure(app)
     samesite = interface.get_cookie_samesite(app)
     found = []
@@ -123,7 +122,7 @@ def doubtful_settings(interface: SessionInterface, app: Flask) -> list[str]:
         )
     if not secure:
         found.extend(_needs_secure(interface, app, name, samesite))
-    if name.startswith("__Host-") and (
+    if prefixed.startswith("__host-") and (
         interface.get_cookie_domain(app) or interface.get_cookie_path(app) != "/"
     ):
         found.append(
@@ -138,10 +137,10 @@ def _needs_secure(
 ) -> list[str]:
     """Settings that make browsers drop a cookie without the Secure flag."""
     wanting = []
-    if samesite == "None":
+    if samesite is not None and samesite.title() == "None":
         wanting.append("SESSION_COOKIE_SAMESITE = 'None'")
     if interface.get_cookie_partitioned(app):
         wanting.append("SESSION_COOKIE_PARTITIONED")
-    if name.startswith(("__Secure-", "__Host-")):
+    if name.lower().startswith(("__secure-", "__host-")):
         wanting.append(f"A cookie named {name}")
     return [f"{what} needs SESSION_COOKIE_SECURE." for what in wanting]

@@ -306,11 +306,12 @@ class Durable:
 def user_id_column(user: object) -> str | None:
     """How a user is written in the ``user_id`` column.
 
-    A long one becomes its SHA-256, so that it can be indexed.
+    A long one becomes its SHA-256, so that it can be indexed, and so does one with
+    characters that not every database stores.
     """
     if user is None:
         return None
     text = str(user)
-    if len(text) > USER_ID_LENGTH:
+    if len(text) > USER_ID_LENGTH or not text.isprintable():
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return text

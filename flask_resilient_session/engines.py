@@ -14,8 +14,9 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from .config import Settings
+from .connections import own_engine, plain_engine
 from .errors import SetupError
-from .sql import define_table, own_engine, plain_engine
+from .sql import define_table
 
 #: The file in the instance folder that holds sessions where no database is named.
 _DEFAULT_FILE: Final = "resilient_sessions.sqlite"

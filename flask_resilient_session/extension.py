@@ -22,16 +22,17 @@ from .config import Settings, load_settings
 from .durable import Durable
 from .engines import app_engine, default_engine, table_for
 from .errors import ConfigurationError, SessionUnavailable, SetupError
-from .events import Observer, Stats, logger
+from .events import Observer, Stats, logger, short
 from .flights import Flights
 from .health import Breaker
 from .homes import Homes
 from .interface import ResilientSessionInterface
-from .keys import Keys
+from .keys import Keys, session_key_of
 from .node import Node
 from .reaper import Reaper, ReapOptions, ReapReport
 from .revocation import Revoker, SessionInfo
 from .ring import Ring, RingNode
+from .session import Session
 from .sql import SqlTable
 from .store import Store
 
@@ -139,28 +140,47 @@ class ResilientSession:
         """The current application's counters in this process."""
         return _current().observer.stats
 
-    def revoke_user(self, user_id: object) -> int:
+    def revoke_user(self, user_id: object, *, keep: Session | None = None) -> int:
         """End all sessions of a user of the current application, as by logout.
 
         :param user_id: what their sessions hold under ``RESILIENT_SESSION_USER_KEY``.
+        :param keep: one session that goes on, as after a change of the password.
         :returns: how many were ended. Where a home could not be told, the end is
             effective within the sync interval.
         :raises SessionUnavailable: SQL did not answer; some may have been ended.
+        :raises ValueError: the user is None, as an anonymous one's id is.
         """
-        report = _current_revoker().revoke(user_id)
-        if report.failed is not None:
-            raise SessionUnavailable(
-                f"Only {report.ended} sessions were ended: {report.failed}"
-            )
-        return report.ended
+        kept = None if keep is None else session_key_of(keep.sid)
+        return self._revoke(user_id, lambda session_key: session_key != kept)
+
+    def revoke_session(self, user_id: object, session: str) -> bool:
+        """End one session of a user of the current application.
+
+        :param user_id: as in :meth:`revoke_user`; another user's session stays.
+        :param session: :attr:`SessionInfo.session`, from :meth:`sessions_of`.
+        :returns: whether there was such a session.
+        :raises SessionUnavailable: SQL did not answer.
+        :raises ValueError: the user is None.
+        """
+        return self._revoke(user_id, lambda key: short(key) == session) > 0
 
     def sessions_of(self, user_id: object) -> list[SessionInfo]:
         """The live sessions of a user of the current application.
 
         :param user_id: what their sessions hold under ``RESILIENT_SESSION_USER_KEY``.
         :raises SessionUnavailable: SQL did not answer.
+        :raises ValueError: the user is None.
         """
-        return _current_revoker().sessions_of(user_id)
+        return _current_revoker().sessions_of(_somebody(user_id))
+
+    def _revoke(self, user_id: object, chosen: Callable[[str], bool]) -> int:
+        report = _current_revoker().revoke(_somebody(user_id), chosen)
+        if report.failed is not None:
+            logger.error("Sessions were not all ended: %s", report.failed)
+            raise SessionUnavailable(
+                f"Only {report.ended} sessions were ended, since SQL does not answer."
+            )
+        return report.ended
 
     def reap(self, **options: Any) -> ReapReport:
         """One pass of the reaper over the current application's table.
@@ -294,6 +314,13 @@ def _state(app: Flask) -> AppState:
 
 def _current() -> AppState:
     return _state(current_app._get_current_object())  # type: ignore[attr-defined]
+
+
+def _somebody(user_id: object) -> object:
+    """A user, and not the None that stands for everybody elsewhere."""
+    if user_id is None:
+        raise ValueError("user_id is None: an anonymous user has no sessions to end.")
+    return user_id
 
 
 def _current_revoker() -> Revoker:

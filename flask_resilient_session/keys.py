@@ -19,6 +19,11 @@ from .record import Keyring
 _REMEMBERED: Final = 8
 
 
+def session_key_of(sid: str) -> str:
+    """The digest that stands for an id everywhere but in the cookie."""
+    return hashlib.sha256(sid.encode("ascii")).hexdigest()
+
+
 class Secrets:
     """What is derived from one set of secret keys, the current one first."""
 
@@ -57,7 +62,7 @@ class Keys:
         :param deadline: monotonic time, in seconds.
         """
         return Access(
-            session_key=hashlib.sha256(sid.encode("ascii")).hexdigest(),
+            session_key=session_key_of(sid),
             keyring=self.of(app).keyring,
             timing=self._settings.timing(app.permanent_session_lifetime),
             deadline=deadline,

@@ -22,7 +22,7 @@ from typing import Any, Final
 
 import memcache
 
-from .wire import Ack, Cas, Parsed, ProtocolError, Request, Value
+from .wire import Ack, Cas, Parsed, ProtocolError, Request
 
 #: Idle connections kept per node and process. More are opened when more requests
 #: run at once, and closed when these many already idle.
@@ -84,21 +84,33 @@ class _Connection:
 
     def receive(self, request: Request, deadline: float) -> Parsed:
         """The reply, whole and alone, or an exception that closes the connection."""
-        data = b""
-        while True:
-            self.socket.settimeout(max(deadline - self._clock(), _LAST_CHANCE_SECONDS))
-            received = self.socket.recv(_READ_BYTES)
-            if not received:
-                raise _Stale if not data else ConnectionError("closed in a reply")
-            data += received
-            parsed = request.parse(data)
-            if parsed is not None:
-                reply, length = parsed
-                if length != len(data):
-                    raise ProtocolError("more bytes than the reply has")
-                return reply
-            if self._clock() >= deadline:
-                raise TimeoutError("the reply is still incomplete at its deadline")
+        data = self._read(deadline)
+        if not data:
+            raise _Stale
+        while (parsed := request.parse(data)) is None:
+            data += self._read_on(deadline)
+        reply, length = parsed
+        excess = len(data) - length
+        while excess < 0:
+            # An item too long to keep: skipped, so that the connection, on which its
+            # token is good, need not be closed.
+            excess += len(self._read_on(deadline))
+        if excess:
+            raise ProtocolError("more bytes than the reply has")
+        return reply
+
+    def _read(self, deadline: float) -> bytes:
+        self.socket.settimeout(max(deadline - self._clock(), _LAST_CHANCE_SECONDS))
+        return self.socket.recv(_READ_BYTES)
+
+    def _read_on(self, deadline: float) -> bytes:
+        """More of a reply that has begun."""
+        if self._clock() >= deadline:
+            raise TimeoutError("the reply is still incomplete at its deadline")
+        received = self._read(deadline)
+        if not received:
+            raise ConnectionError("closed in a reply")
+        return received
 
     def close(self) -> None:
         self.host.close_socket()
@@ -148,10 +160,7 @@ class Exchange:
             return Ack.CONFLICT
         with _Faults(self):
             reply = self._receive_or_again()
-            if isinstance(reply, Value) and reply.data is None:
-                self.abandon()
-            else:
-                self._release()
+            self._release()
             return reply
         raise self._fault or NodeFault("no reply")
 

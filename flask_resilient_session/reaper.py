@@ -10,9 +10,9 @@ one failure never stops the rest. Running it twice, or killing it, loses nothing
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from .access import Access
 from .clock import Clock
@@ -23,10 +23,8 @@ from .errors import SqlUnavailable
 from .events import Observer, logger, session_expired, short
 from .record import Hit, Keyring, Record, Reply, Unreachable
 from .replication import (
-    Bury,
     Keep,
     Reap,
-    ReapVerdict,
     Renew,
     RowAnswer,
     RowLive,
@@ -117,6 +115,13 @@ class ReapOptions:
     should_stop: Callable[[], bool] = lambda: False
 
 
+class _Dead(NamedTuple):
+    """A row that may go, and the last that is known of its session."""
+
+    row: Row
+    data: dict[str, Any] | None
+
+
 class ReapSql(Protocol):
     """The statements of :class:`flask_resilient_session.sql.SqlTable` used here."""
 
@@ -126,12 +131,17 @@ class ReapSql(Protocol):
         """Rows past their time."""
 
     def page_unsynced(
-        self, before_ms: int, after: tuple[int, str], limit: int, deadline: float
+        self,
+        before_ms: int,
+        expired_ms: int,
+        after: tuple[int, str],
+        limit: int,
+        deadline: float,
     ) -> list[Row]:
         """Rows not synced for long."""
 
-    def delete(self, row: Row, deadline: float) -> bool:
-        """Delete an unchanged row."""
+    def delete(self, rows: Sequence[Row], deadline: float) -> list[bool]:
+        """Delete unchanged rows."""
 
     def count_expired(self, before_ms: int, deadline: float) -> int:
         """Rows past their time."""
@@ -191,13 +201,34 @@ class Reaper:
                 return
             report.batches += 1
             examined = report.examined
-            for row in batch:
-                if self._must_stop(options, report, started):
-                    report.stopped = True
-                    return
-                report.examined += 1
-                self._row(row, options, report)
-            options.progress(report.examined - examined)
+            try:
+                report.stopped = self._batch(batch, options, report, started)
+            finally:
+                options.progress(report.examined - examined)
+            if report.stopped:
+                return
+
+    def _batch(
+        self,
+        batch: Iterable[Row],
+        options: ReapOptions,
+        report: ReapReport,
+        started: float,
+    ) -> bool:
+        """One page: look at each row, then delete the dead ones together.
+
+        :returns: whether the pass is to stop.
+        """
+        dead: list[_Dead] = []
+        stopping = False
+        for row in batch:
+            stopping = self._must_stop(options, report, started)
+            if stopping:
+                break
+            report.examined += 1
+            self._row(row, options, report, dead)
+        self._bury(dead, options, report)
+        return stopping
 
     def _batches(self, options: ReapOptions, report: ReapReport) -> Iterator[list[Row]]:
         """Pages of rows to look at: the expired, then those long out of sync."""
@@ -210,8 +241,10 @@ class Reaper:
             after = (batch[-1].expires_at, batch[-1].session_key)
         if self._timing.lifetime_ms <= _LONGEST_IN_MEMORY_MS:
             return
-        before_ms, after = now_ms - _SYNC_AFTER_MS, (0, "")
-        while batch := self._sql.page_unsynced(before_ms, after, size, self._until()):
+        expired_ms, before_ms, after = before_ms, now_ms - _SYNC_AFTER_MS, (0, "")
+        while batch := self._sql.page_unsynced(
+            before_ms, expired_ms, after, size, self._until()
+        ):
             yield batch
             after = (batch[-1].synced_at, batch[-1].session_key)
 
@@ -233,23 +266,25 @@ class Reaper:
 
     # --- one row -----------------------------------------------------------------
 
-    def _row(self, row: Row, options: ReapOptions, report: ReapReport) -> None:
+    def _row(
+        self, row: Row, options: ReapOptions, report: ReapReport, dead: list[_Dead]
+    ) -> None:
         """Look at one row; the pass goes on whatever becomes of it."""
         access = Access(row.session_key, self._keyring, self._timing, self._until())
         answer = self._durable.open_row(row, self._keyring)
         replies = self._ask(access, row, options)
-        verdict = may_reap(answer, replies, self._timing, self._clock.now_ms())
+        now_ms = self._clock.now_ms()
+        verdict = may_reap(answer, replies, self._timing, now_ms, row.expires_at)
         if isinstance(verdict, Keep):
             report.unchecked += 1
             report.reasons[verdict.reason] = report.reasons.get(verdict.reason, 0) + 1
-            return
-        dead = isinstance(verdict, Reap)
-        if options.dry_run:
-            done = True
-        else:
-            done = self._carry_out(access, row, verdict, answer, replies, options)
-        report.reaped += done and dead
-        report.renewed += done and isinstance(verdict, Renew)
+        elif isinstance(verdict, Reap):
+            dead.append(_Dead(row, self._final_data(row, answer, replies)))
+        elif isinstance(verdict, Renew):
+            report.renewed += options.dry_run or self._renew(access, row, verdict)
+        elif not options.dry_run:
+            record = answer.record if isinstance(answer, RowLive) else None
+            self._durable.bury(access, verdict.tombstone, record)
 
     def _ask(self, access: Access, row: Row, options: ReapOptions) -> dict[str, Reply]:
         """What every home holds that the session may live on."""
@@ -265,39 +300,38 @@ class Reaper:
         replies |= self._store.peek(access, sorted(homes & configured))
         return replies
 
-    def _carry_out(
-        self,
-        access: Access,
-        row: Row,
-        verdict: ReapVerdict,
-        answer: RowAnswer,
-        replies: dict[str, Reply],
-        options: ReapOptions,
-    ) -> bool:
-        """Do it; False where the row changed meanwhile and is not ours to touch."""
-        if isinstance(verdict, Renew):
-            homes = self._store.homes.names(access) or row.homes
-            record = replace(verdict.record, homes=homes, row_version=row.version)
-            return self._durable.update(access, record) is not None
-        if isinstance(verdict, Bury):
-            record_seen = answer.record if isinstance(answer, RowLive) else None
-            self._durable.bury(access, verdict.tombstone, record_seen)
-            return True
-        data = self._final_data(answer, replies) if row.revoked_at is None else None
-        if options.archive is not None and row.revoked_at is None:
-            options.archive(_for_archive(row, data))
-        if not self._sql.delete(row, self._until()):
-            return False
-        if row.revoked_at is None:
-            self._observer.send(
-                session_expired, session=short(row.session_key), data=data
-            )
-        return True
+    def _renew(self, access: Access, row: Row, verdict: Renew) -> bool:
+        """Write what is alive; False where the row changed meanwhile."""
+        homes = self._store.homes.names(access) or row.homes
+        record = replace(verdict.record, homes=homes, row_version=row.version)
+        return self._durable.update(access, record) is not None
+
+    def _bury(
+        self, dead: Sequence[_Dead], options: ReapOptions, report: ReapReport
+    ) -> None:
+        """Delete a page's dead rows: archived first, those that changed excepted."""
+        if options.dry_run or not dead:
+            report.reaped += len(dead)
+            return
+        sessions = [one for one in dead if one.row.revoked_at is None]
+        if options.archive is not None:
+            for one in sessions:
+                options.archive(_for_archive(one.row, one.data))
+        rows = [one.row for one in dead]
+        deleted = self._sql.delete(rows, self._until())
+        report.reaped += sum(deleted)
+        for one, gone in zip(dead, deleted, strict=True):
+            if gone and one.row.revoked_at is None:
+                self._observer.send(
+                    session_expired, session=short(one.row.session_key), data=one.data
+                )
 
     def _final_data(
-        self, answer: RowAnswer, replies: dict[str, Reply]
+        self, row: Row, answer: RowAnswer, replies: dict[str, Reply]
     ) -> dict[str, Any] | None:
         """The last that is known of a dead session."""
+        if row.revoked_at is not None:
+            return None
         records = [answer.record] if isinstance(answer, RowLive) else []
         for reply in replies.values():
             if isinstance(reply, Hit) and isinstance(reply.copy, Record):

@@ -458,18 +458,26 @@ ReapVerdict: TypeAlias = Reap | Renew | Bury | Keep
 
 
 def may_reap(
-    row: RowAnswer, replies: Mapping[str, Reply], timing: Timing, now_ms: int
+    row: RowAnswer,
+    replies: Mapping[str, Reply],
+    timing: Timing,
+    now_ms: int,
+    row_expires_at: int,
 ) -> ReapVerdict:
     """What to do with a row that is past its time.
 
     :param replies: the reply of every home that the session may live on.
+    :param row_expires_at: the row's own word on its time, for one that cannot be read.
     """
     silent = [n for n, reply in replies.items() if isinstance(reply, Unreachable)]
     if silent:
         return Keep(f"no answer from {', '.join(sorted(silent))}")
-    if isinstance(row, SqlSilent):
-        return Keep(row.reason)
     copies = [hit.copy for _, hit in _hits(replies) if isinstance(hit.copy, Record)]
+    if isinstance(row, SqlSilent):
+        # Sealed under a key that is not known here: perhaps not yet, and then some
+        # worker uses it, or no more, and then nobody ever will.
+        forgotten = row_expires_at + timing.lifetime_ms <= now_ms
+        return Reap() if forgotten and not copies else Keep(row.reason)
     if isinstance(row, RowDead):
         # A copy that could still be served is the reason to keep the tombstone.
         alive = any(expires_ms(copy, timing) > now_ms for copy in copies)

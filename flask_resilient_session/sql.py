@@ -1,22 +1,34 @@
 """The durable row: one table, short conditional statements, a connection of its own.
 
 The application's transaction is never touched: the engine here has its own pool of
-connections, made by the application's engine's way of connecting. Every statement
-commits by itself, except the two of a move. The only importer of SQLAlchemy.
+connections, see ``connections``. Every statement commits by itself, except the two of
+a move.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
+from .connections import (
+    MYSQL,
+    POOL_OVERFLOW,
+    POOL_SIZE,
+    POSTGRESQL,
+    SQLITE,
+    is_in_memory,
+    own_engine,
+    plain_engine,
+)
+from .deadline import TimeLimit, TooLate, time_limit
 from .errors import SqlUnavailable
 
 #: Longest names of homes stored with a row: two names of 100 characters and a comma.
@@ -26,9 +38,15 @@ _HOMES_LENGTH: Final = 255
 #: column in its older formats, at 4 bytes a character.
 USER_ID_LENGTH: Final = 191
 
-#: Connections that stay open, and how many more may be opened under load.
-_POOL_SIZE: Final = 5
-_POOL_OVERFLOW: Final = 15
+#: How often a statement is sent again that the database undid for the sake of another.
+_MOST_DEADLOCKS: Final = 5
+
+#: What PostgreSQL, and MariaDB, call that: a deadlock, or no serial order.
+_UNDONE_STATES: Final = frozenset({"40P01", "40001"})
+_UNDONE_NUMBERS: Final = frozenset({1213, 1020})
+
+#: MariaDB's numbers for a row that stands already and for a missing table.
+_DUPLICATE: Final = 1062
 
 _Result = TypeVar("_Result")
 
@@ -74,6 +92,10 @@ def define_table(metadata: sa.MetaData, name: str, schema: str | None) -> sa.Tab
     )
     # LargeBinary alone is a BLOB of 64 KB on MySQL.
     blob = sa.LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
+    # Names in any script, whatever the database was set up for.
+    homes = sa.String(_HOMES_LENGTH).with_variant(
+        mysql.VARCHAR(_HOMES_LENGTH, charset="utf8mb4"), "mysql", "mariadb"
+    )
     time = sa.BigInteger
     return sa.Table(
         name,
@@ -82,7 +104,7 @@ def define_table(metadata: sa.MetaData, name: str, schema: str | None) -> sa.Tab
         sa.Column("version", sa.BigInteger, nullable=False),
         sa.Column("record", blob, nullable=True),
         sa.Column("user_id", user_id, nullable=True),
-        sa.Column("homes", sa.String(_HOMES_LENGTH), nullable=False),
+        sa.Column("homes", homes, nullable=False),
         sa.Column("created_at", time, nullable=False),
         sa.Column("synced_at", time, nullable=False),
         sa.Column("expires_at", time, nullable=False),
@@ -95,63 +117,19 @@ def define_table(metadata: sa.MetaData, name: str, schema: str | None) -> sa.Tab
     )
 
 
-def is_in_memory(url: sa.URL) -> bool:
-    """Whether this is an SQLite database that lives in its connection only."""
-    if url.get_backend_name() != "sqlite":
-        return False
-    database = url.database or ""
-    return database in ("", ":memory:") or (
-        ":memory:" in database or url.query.get("mode") == "memory"
-    )
-
-
-def own_engine(engine: sa.Engine, sql_timeout: float) -> sa.Engine:
-    """An engine on the same database as another, with connections of its own.
-
-    In-memory SQLite has no second connection to the same database: sessions get a
-    private in-memory database there.
-
-    :param engine: the application's.
-    :param sql_timeout: longest wait for a lock or a connection, in seconds.
-    """
-    if is_in_memory(engine.url):
-        return plain_engine(sa.make_url("sqlite://"), sql_timeout)
-    connect = engine.pool._creator
-    return _new_engine(engine.url, sql_timeout, creator=connect)
-
-
-def plain_engine(url: sa.URL, sql_timeout: float) -> sa.Engine:
-    """An engine on a database that the application has no engine for."""
-    return _new_engine(url, sql_timeout)
-
-
-def _new_engine(url: sa.URL, sql_timeout: float, **options: Any) -> sa.Engine:
-    alone = is_in_memory(url)
-    if alone:
-        options["connect_args"] = {"check_same_thread": False}
-    return sa.create_engine(
-        url,
-        poolclass=sa.QueuePool,
-        pool_size=1 if alone else _POOL_SIZE,
-        max_overflow=0 if alone else _POOL_OVERFLOW,
-        pool_timeout=sql_timeout,
-        pool_use_lifo=True,
-        isolation_level="AUTOCOMMIT",
-        hide_parameters=True,
-        **options,
-    )
-
-
 class SqlTable:
     """The statements of the durable row.
 
     Every method takes a monotonic deadline in seconds and raises
-    :class:`SqlUnavailable` when SQL did not do what was asked in time.
+    :class:`SqlUnavailable` when SQL did not do what was asked in time. On PostgreSQL
+    and MariaDB the deadline holds whatever the server does, and what concerns one
+    session takes no longer than ``sql_timeout``, so that a request has time left for
+    its nodes.
 
     :param table: from :func:`define_table`.
     :param new_engine: makes the engine; called on first use and in each process.
     :param create_table: create the table where it is missing.
-    :param sql_timeout: longest wait for a lock or a connection, in seconds.
+    :param sql_timeout: longest wait for a lock, a connection or an answer, in seconds.
     :param monotonic: the clock that deadlines are read on.
     """
 
@@ -169,10 +147,7 @@ class SqlTable:
         self._create_table = create_table
         self._sql_timeout = sql_timeout
         self._monotonic = monotonic
-        self._lock = threading.Lock()
-        self._engine: sa.Engine | None = None
-        self._table_is_there = False
-        self._process = os.getpid()
+        self._processes: dict[int, _Process] = {}
         columns = table.c
         self._read = sa.select(table).where(columns.session_key == sa.bindparam("key"))
         self._update = (
@@ -196,19 +171,22 @@ class SqlTable:
         """The row, by primary key."""
 
         def call(connection: sa.Connection) -> Row | None:
-            found = connection.execute(self._read, {"key": session_key}).first()
-            return None if found is None else _row(found)
+            return self._find(connection, session_key)
 
         return self._call(call, deadline)
 
     def insert(self, row: Row, deadline: float) -> bool:
         """Insert a row; False where one stands already, which is left alone."""
-        return self._call(lambda connection: self._insert(connection, row), deadline)
+        return self._write(
+            lambda connection: self._insert(connection, row), row, deadline
+        )
 
     def update(self, row: Row, seen_version: int, deadline: float) -> bool:
         """Replace a live row of exactly this version; False where there is none."""
-        return self._call(
-            lambda connection: self._replace(connection, row, seen_version), deadline
+        return self._write(
+            lambda connection: self._replace(connection, row, seen_version),
+            row,
+            deadline,
         )
 
     def bury(self, tombstone: Row, deadline: float, *, has_row: bool) -> bool:
@@ -250,7 +228,7 @@ class SqlTable:
                 undo()
                 return False
 
-        return self._call(call, deadline)
+        return self._write(call, new, deadline)
 
     # --- many sessions ----------------------------------------------------------
 
@@ -279,10 +257,17 @@ class SqlTable:
         return self._page(query, deadline)
 
     def page_unsynced(
-        self, before_ms: int, after: tuple[int, str], limit: int, deadline: float
+        self,
+        before_ms: int,
+        expired_ms: int,
+        after: tuple[int, str],
+        limit: int,
+        deadline: float,
     ) -> list[Row]:
-        """Live rows that were last synced before then, in index order.
+        """Live rows that were last synced before ``before_ms``, in index order.
 
+        :param expired_ms: rows whose time was over before this are left out: they
+            are :meth:`page_expired`'s.
         :param after: (synced_at, session_key) of the last row seen.
         """
         columns = self.table.c
@@ -292,6 +277,7 @@ class SqlTable:
                 columns.synced_at < before_ms,
                 columns.synced_at >= after[0],
                 sa.or_(columns.synced_at > after[0], columns.session_key > after[1]),
+                columns.expires_at >= expired_ms,
                 columns.revoked_at.is_(None),
             )
             .order_by(columns.synced_at, columns.session_key)
@@ -314,39 +300,59 @@ class SqlTable:
             query = query.where(columns.user_id == user_id)
         return self._page(query.order_by(columns.session_key).limit(limit), deadline)
 
-    def delete(self, row: Row, deadline: float) -> bool:
-        """Delete a row if it is exactly as it was read."""
+    def delete(self, rows: Sequence[Row], deadline: float) -> list[bool]:
+        """Delete those rows that are exactly as they were read, in one transaction.
+
+        :returns: for each row whether it was deleted.
+        """
         columns = self.table.c
-        # The version alone could be that of a row inserted since.
-        statement = sa.delete(self.table).where(
-            columns.session_key == row.session_key,
-            columns.version == row.version,
-            columns.synced_at == row.synced_at,
-            columns.revoked_at.is_not_distinct_from(row.revoked_at),
-        )
-        return self._call(lambda c: c.execute(statement).rowcount == 1, deadline)
+
+        def call(connection: sa.Connection) -> list[bool]:
+            with self._transaction(connection):
+                return [delete_one(connection, row) for row in rows]
+
+        def delete_one(connection: sa.Connection, row: Row) -> bool:
+            # The version alone could be that of a row inserted since.
+            statement = sa.delete(self.table).where(
+                columns.session_key == row.session_key,
+                columns.version == row.version,
+                columns.synced_at == row.synced_at,
+                columns.revoked_at.is_not_distinct_from(row.revoked_at),
+            )
+            return connection.execute(statement).rowcount == 1
+
+        return self._call(call, deadline)
 
     def count_expired(self, before_ms: int, deadline: float) -> int:
         """How many rows' time was over before then."""
         query = sa.select(sa.func.count()).where(self.table.c.expires_at < before_ms)
-        return self._call(lambda c: int(c.execute(query).scalar_one()), deadline)
+        return self._patiently(lambda c: int(c.execute(query).scalar_one()), deadline)
 
     def newest_sync(self, deadline: float) -> int:
         """The largest ``synced_at``; 0 in an empty table."""
         query = sa.select(sa.func.max(self.table.c.synced_at))
-        return self._call(lambda c: int(c.execute(query).scalar() or 0), deadline)
+        return self._patiently(lambda c: int(c.execute(query).scalar() or 0), deadline)
 
     # --- statements --------------------------------------------------------------
 
+    def _find(self, connection: sa.Connection, session_key: str) -> Row | None:
+        found = connection.execute(self._read, {"key": session_key}).first()
+        return None if found is None else _row(found)
+
     def _insert(self, connection: sa.Connection, row: Row) -> bool:
         dialect = connection.dialect.name
-        statement: Any
-        if dialect == "postgresql":
-            statement = postgresql.insert(self.table).on_conflict_do_nothing()
-        elif dialect == "sqlite":
-            statement = sqlite.insert(self.table).on_conflict_do_nothing()
-        else:
-            statement = sa.insert(self.table).prefix_with("IGNORE")
+        if dialect in MYSQL:
+            # INSERT IGNORE would let other errors pass too, and with ON DUPLICATE KEY
+            # the number of rows is the same whether one stood there or not.
+            try:
+                connection.execute(sa.insert(self.table), _columns(row))
+            except sa.exc.IntegrityError as error:
+                if _number(error) == _DUPLICATE:
+                    return False
+                raise
+            return True
+        make = postgresql.insert if dialect in POSTGRESQL else sqlite.insert
+        statement: Any = make(self.table).on_conflict_do_nothing()
         return connection.execute(statement, _columns(row)).rowcount == 1
 
     def _replace(self, connection: sa.Connection, row: Row, seen: int) -> bool:
@@ -370,73 +376,158 @@ class SqlTable:
         return connection.execute(statement).rowcount == 1
 
     def _page(self, query: Any, deadline: float) -> list[Row]:
-        return self._call(
+        return self._patiently(
             lambda connection: [_row(found) for found in connection.execute(query)],
             deadline,
         )
 
     @contextlib.contextmanager
     def _transaction(self, connection: sa.Connection) -> Iterator[Callable[[], None]]:
-        """One transaction; the value undoes what it did so far."""
-        if connection.dialect.name == "sqlite":
-            # An immediate one waits for its lock at the start, where nothing is done.
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        else:
-            connection = connection.execution_options(isolation_level="READ COMMITTED")
+        """One transaction; the value undoes what it did so far.
+
+        In words of SQL: the connection itself stays in the mode in which each
+        statement commits, since changing it costs round trips.
+        """
+        on_sqlite = connection.dialect.name in SQLITE
+        # An immediate one waits for its lock at the start, where nothing is done.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if on_sqlite else "BEGIN")
         undone = False
 
         def undo() -> None:
             nonlocal undone
             undone = True
-            if connection.dialect.name == "sqlite":
-                connection.exec_driver_sql("ROLLBACK")
-            else:
-                connection.rollback()
+            connection.exec_driver_sql("ROLLBACK")
 
         try:
             yield undo
-            if not undone and connection.dialect.name == "sqlite":
-                connection.exec_driver_sql("COMMIT")
-            elif not undone:
-                connection.commit()
-        except BaseException:
             if not undone:
-                undo()
+                connection.exec_driver_sql("COMMIT")
+        except BaseException as error:
+            if not undone and not connection.invalidated:
+                try:
+                    undo()
+                except sa.exc.SQLAlchemyError:
+                    connection.invalidate(error)
             raise
 
     # --- connections -------------------------------------------------------------
 
-    def _call(
+    def _write(
+        self, call: Callable[[sa.Connection], bool], row: Row, deadline: float
+    ) -> bool:
+        """A call that writes this row.
+
+        When it is made again after its connection broke, it may find what it did
+        itself the first time; then it is done.
+        """
+        again = False
+
+        def once(connection: sa.Connection) -> bool:
+            nonlocal again
+            was_made, again = again, True
+            if call(connection):
+                return True
+            if not was_made:
+                return False
+            found = self._find(connection, row.session_key)
+            # An update leaves the time of creation as it is.
+            return found is not None and row == replace(
+                found, created_at=row.created_at
+            )
+
+        return self._call(once, deadline)
+
+    def _patiently(
         self, call: Callable[[sa.Connection], _Result], deadline: float
     ) -> _Result:
+        """A call that no request waits for: it may take until its deadline."""
+        return self._call(call, deadline, patient=True)
+
+    def _call(
+        self,
+        call: Callable[[sa.Connection], _Result],
+        deadline: float,
+        *,
+        patient: bool = False,
+    ) -> _Result:
+        """Make a call on a connection, within the time that is left."""
         remaining = deadline - self._monotonic()
         if remaining <= 0:
             raise SqlUnavailable("no time left for SQL in this request's budget")
-        try:
-            engine = self._ready_engine(remaining)
+        if not patient:
+            remaining = min(remaining, self._sql_timeout)
+        with time_limit(remaining) as limit:
+            failed = deadlocks = 0
+            while True:
+                try:
+                    engine = self._ready_engine(remaining)
+                    return self._once(engine, call, limit)
+                except sa.exc.SQLAlchemyError as error:
+                    broken = getattr(error, "connection_invalidated", False)
+                    failed += broken
+                    undone = _was_undone(error)
+                    deadlocks += undone
+                    if (
+                        (not broken or failed > 1)
+                        and (not undone or deadlocks > _MOST_DEADLOCKS)
+                    ) or not limit.remaining:
+                        failure = self._failed(error, limit)
+                        break
+                except (TooLate, OSError) as error:
+                    failure = _LATE if limit.hung_up else str(error)
+                    break
+        # Out here no driver's error hangs on to it: those quote the row.
+        raise SqlUnavailable(failure)
+
+    def _once(
+        self,
+        engine: sa.Engine,
+        call: Callable[[sa.Connection], _Result],
+        limit: TimeLimit,
+    ) -> _Result:
+        if engine.dialect.name in SQLITE:
             with engine.connect() as connection:
-                self._limit_lock_wait(connection, remaining)
+                self._limit_lock_wait(connection, limit.remaining)
                 return call(connection)
-        except sa.exc.SQLAlchemyError as error:
-            self._table_is_there = False
-            raise SqlUnavailable(_explain(error)) from error
+        with self._here.place(limit), engine.connect() as connection:
+            return call(connection)
+
+    def _failed(self, error: sa.exc.SQLAlchemyError, limit: TimeLimit) -> str:
+        """What to say of an error that stands."""
+        here = self._here
+        if here.engine is None or here.engine.dialect.name in SQLITE:
+            # The file may be another one the next time.
+            here.table_is_there = False
+        text = _explain(error)
+        if _MIGRATE in text:
+            here.table_is_there = False
+        return _LATE if limit.hung_up else text
+
+    @property
+    def _here(self) -> _Process:
+        """What belongs to this process.
+
+        A child must neither share its parent's connections nor close them, and its
+        parent's locks may be held for ever: it starts anew, and its parent's things
+        are kept untouched.
+        """
+        process = os.getpid()
+        here = self._processes.get(process)
+        return here or self._processes.setdefault(process, _Process())
 
     def _ready_engine(self, remaining: float) -> sa.Engine:
-        if self._process != os.getpid():
-            # A child must not share the parent's connections, nor close them.
-            self._lock = threading.Lock()
-            # One in memory is empty again.
-            self._table_is_there = False
-            if self._engine is not None:
-                self._engine.dispose(close=False)
-            self._process = os.getpid()
-        engine = self._engine
-        if engine is None or not self._table_is_there:
-            with self._lock:
-                engine = self._engine = self._engine or self._new_engine()
-                if self._create_table and not self._table_is_there:
+        here = self._here
+        engine = here.engine
+        if engine is None or not here.table_is_there:
+            if not here.lock.acquire(timeout=remaining):
+                raise TooLate("SQL is still being connected to for the first time")
+            try:
+                engine = here.engine = here.engine or self._new_engine()
+                if self._create_table and not here.table_is_there:
                     self._create(engine, remaining)
-                self._table_is_there = True
+                here.table_is_there = True
+            finally:
+                here.lock.release()
         return engine
 
     def _create(self, engine: sa.Engine, remaining: float) -> None:
@@ -444,14 +535,16 @@ class SqlTable:
             self._limit_lock_wait(connection, remaining)
             try:
                 self.table.create(connection, checkfirst=True)
-            except sa.exc.DBAPIError:
+            except sa.exc.DBAPIError as error:
+                if error.connection_invalidated:
+                    raise
                 # Another process may have created it in between.
                 known = sa.inspect(connection)
                 if not known.has_table(self.table.name, self.table.schema):
                     raise
 
     def _limit_lock_wait(self, connection: sa.Connection, remaining: float) -> None:
-        if connection.dialect.name != "sqlite":
+        if connection.dialect.name not in SQLITE:
             return
         wait_ms = int(min(self._sql_timeout, remaining) * 1000)
         # The driver's own five seconds would be over the budget of a request.
@@ -460,13 +553,35 @@ class SqlTable:
 
     def dispose(self) -> None:
         """Close the connections; the next call opens new ones."""
-        if self._engine is not None:
-            self._engine.dispose()
+        engine = self._here.engine
+        if engine is not None:
+            engine.dispose()
 
     @property
     def engine(self) -> sa.Engine:
         """The engine in use, for counting statements and the like."""
-        return self._ready_engine(self._sql_timeout)
+        with time_limit(self._sql_timeout):
+            return self._ready_engine(self._sql_timeout)
+
+
+class _Process:
+    """What one process has of a table: an engine, and what is known of it."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.engine: sa.Engine | None = None
+        self.table_is_there = False
+        self._places = threading.BoundedSemaphore(POOL_SIZE + POOL_OVERFLOW)
+
+    @contextlib.contextmanager
+    def place(self, limit: TimeLimit) -> Iterator[None]:
+        """One of the pool's connections, waited for no longer than there is time."""
+        if not self._places.acquire(timeout=limit.remaining):
+            raise TooLate("every connection to SQL is in use")
+        try:
+            yield
+        finally:
+            self._places.release()
 
 
 #: Columns that an update writes: all but the key and the time of creation.
@@ -505,15 +620,51 @@ def _row(found: Any) -> Row:
     return Row(**values)
 
 
+_LATE: Final = "SQL did not answer in time"
+
+_MIGRATE: Final = "run your migrations, or set RESILIENT_SESSION_CREATE_TABLE"
+
+#: Where databases quote a value that they do not like.
+_QUOTED: Final = re.compile(r"(entry|value|value:|type [\w ]+:) ('.*'|\".*\")")
+
+
 def _explain(error: sa.exc.SQLAlchemyError) -> str:
     """What happened, without statements or parameters, and what to do."""
     cause = getattr(error, "orig", None) or error
-    text = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
+    # PyMySQL puts a number before its words. PostgreSQL's second line quotes the row.
+    words = cause.args[1] if len(cause.args) == 2 else cause
+    lines = str(words).splitlines() or [""]
+    shown = _QUOTED.sub(r"\1 (not shown)", lines[0])
+    text = f"{type(cause).__name__}: {shown}"
     if "locked" in text:
         text += (
             " (another writer holds the SQLite file; commit before the view returns,"
             " or give sessions a file of their own with RESILIENT_SESSION_BIND_KEY)"
         )
     elif "no such table" in text or "does not exist" in text or "doesn't exist" in text:
-        text += " (run your migrations, or set RESILIENT_SESSION_CREATE_TABLE)"
+        text += f" ({_MIGRATE})"
     return text
+
+
+def _number(error: sa.exc.SQLAlchemyError) -> int | None:
+    """MariaDB's number of an error."""
+    arguments = getattr(getattr(error, "orig", None), "args", ())
+    return arguments[0] if arguments and isinstance(arguments[0], int) else None
+
+
+def _was_undone(error: sa.exc.SQLAlchemyError) -> bool:
+    """Whether the database undid it for the sake of a concurrent one."""
+    cause = getattr(error, "orig", None)
+    state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
+    return state in _UNDONE_STATES or _number(error) in _UNDONE_NUMBERS
+
+
+__all__ = [
+    "USER_ID_LENGTH",
+    "Row",
+    "SqlTable",
+    "define_table",
+    "is_in_memory",
+    "own_engine",
+    "plain_engine",
+]

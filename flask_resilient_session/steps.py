@@ -10,8 +10,8 @@ from typing import Final, TypeAlias
 from .access import Access
 from .clock import Clock
 from .durable import Durable
-from .errors import SessionTooLarge, SessionUnavailable
-from .events import Observer, short
+from .errors import SessionTooLarge, SessionUnavailable, SqlUnavailable
+from .events import Observer, logger, short
 from .homes import Homes
 from .record import NONCE_BITS, Record, apply_changes
 from .trust import Trust
@@ -69,6 +69,11 @@ class Steps:
         :param why: ends the sentence "Session … was not changed: …".
         """
         self.observer.count("unavailable")
+        if isinstance(why, SqlUnavailable):
+            # A driver's words name hosts and users: for the log, not for visitors.
+            name = short(access.session_key)
+            logger.warning("Session %s was not changed: %s", name, why)
+            why = "SQL does not answer"
         return SessionUnavailable(
             f"Session {short(access.session_key)} was not changed: {why}."
         )

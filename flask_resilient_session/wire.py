@@ -38,7 +38,8 @@ class ProtocolError(Exception):
 class Value:
     """An item: bytes, the flags stored with it, and its cas number.
 
-    ``data`` is None for an item longer than the caller is willing to read.
+    ``data`` is None for an item longer than the caller is willing to read: it is
+    still to be skipped.
     """
 
     data: bytes | None
@@ -67,6 +68,8 @@ class Request(Protocol):
     def parse(self, data: bytes) -> tuple[Parsed, int] | None:
         """The reply at the start of ``data`` and its length, None if incomplete.
 
+        The length of an item that is too long to read may be more than ``data`` has.
+
         :raises ProtocolError: the bytes do not fit this request.
         """
 
@@ -93,11 +96,11 @@ class Get:
         if line is None:
             return None
         flags, length, cas = self._parse_header(line)
-        if length > self.limit:
-            return Value(None, flags, cas), len(data)
         start = len(line) + 2
         end = start + length
         whole = end + len(b"\r\nEND\r\n")
+        if length > self.limit:
+            return Value(None, flags, cas), whole
         if len(data) < whole:
             return None
         if data[end:whole] != b"\r\nEND\r\n":

@@ -236,8 +236,12 @@ class Lab:
         self, servers: Sequence[Memcached], folder: Path, **config: Any
     ) -> None:
         self.servers = dict(zip(NAMES, servers, strict=False))
+        #: What workers open: a link, so that the file vanishes and comes back at
+        #: once; in between SQLite would make a new, empty one.
         self.file = folder / "sessions.sqlite"
-        self._away = folder / "sessions.sqlite.away"
+        self._real_file = folder / "real.sqlite"
+        self._nowhere = folder / "nowhere" / "real.sqlite"
+        self._link(self._real_file)
         self._offset_ms = 0
         self._writer: sqlite3.Connection | None = None
         self._config = config
@@ -340,9 +344,7 @@ class Lab:
 
     def raw_row(self, user: User) -> dict[str, Any] | None:
         """The columns of the row, read over a connection of our own."""
-        if not self.file.exists():
-            return None
-        with contextlib.closing(sqlite3.connect(self.file)) as connection:
+        with contextlib.closing(sqlite3.connect(self._real_file)) as connection:
             connection.row_factory = sqlite3.Row
             found = connection.execute(
                 "SELECT * FROM resilient_sessions WHERE session_key = ?",
@@ -382,22 +384,19 @@ class Lab:
         self.node(user, role).raw_set(self.item(user), data)
 
     def sql_gone(self) -> None:
-        """Take the database away: what stands in its place cannot be opened."""
+        """Take the database away, from open connections too: it cannot be opened."""
+        self._link(self._nowhere)
         for worker in self._workers:
-            # An open connection would go on in the file that was moved.
             worker.state.sql.dispose()
-        self.file.rename(self._away)
-        self.file.mkdir()
 
     def sql_back(self) -> None:
         """Put the database back as it was."""
-        self.file.rmdir()
-        self._away.rename(self.file)
+        self._link(self._real_file)
 
     def sql_locked(self, mode: str = "IMMEDIATE") -> None:
         """Let another writer hold the file: EXCLUSIVE keeps readers out too."""
         assert self._writer is None
-        self._writer = sqlite3.connect(self.file, PATIENCE, isolation_level=None)
+        self._writer = sqlite3.connect(self._real_file, PATIENCE, isolation_level=None)
         self._writer.execute(f"BEGIN {mode}")
 
     def sql_unlocked(self) -> None:
@@ -409,14 +408,19 @@ class Lab:
     def sql_saved(self) -> Path:
         """A copy of the file as it is now, for :meth:`sql_restored`."""
         backup = self.file.with_suffix(".backup")
-        shutil.copy(self.file, backup)
+        shutil.copy(self._real_file, backup)
         return backup
 
     def sql_restored(self, backup: Path) -> None:
         """Go back to an older state of the database."""
         for worker in self._workers:
             worker.state.sql.dispose()
-        shutil.copy(backup, self.file)
+        shutil.copy(backup, self._real_file)
+
+    def _link(self, target: Path) -> None:
+        link = self.file.with_suffix(".link")
+        link.symlink_to(target)
+        link.replace(self.file)
 
     def settle(self) -> None:
         """Return when every worker uses every node and SQL again."""

@@ -237,11 +237,11 @@ def test_an_empty_table_has_no_newest_sync(table: SqlTable) -> None:
 def test_only_an_unchanged_row_is_deleted(table: SqlTable, now_there: Row) -> None:
     """A row that was written, or made anew, since it was read stays."""
     table.insert(now_there, soon())
-    assert not table.delete(row(KEY), soon())
+    assert table.delete([row(KEY)], soon()) == [False]
     assert table.read(KEY, soon()) == now_there
-    assert table.delete(now_there, soon())
+    assert table.delete([row(KEY), now_there], soon()) == [False, True]
     assert table.read(KEY, soon()) is None
-    assert not table.delete(now_there, soon())
+    assert table.delete([now_there], soon()) == [False]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 100])

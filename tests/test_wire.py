@@ -139,10 +139,11 @@ def test_a_reply_is_read_only_when_it_is_whole(request_: Any, reply: bytes) -> N
 def test_an_item_over_the_limit_is_not_read() -> None:
     """Its header is enough to know that it is none of ours."""
     header = f"VALUE {KEY} 0 101 9\r\n".encode()
-    for rest in (b"", b"x" * 50, b"x" * 101 + b"\r\nEND\r\n"):
-        assert GET.parse(header + rest) == (Value(None, 0, 9), len(header + rest))
+    whole = header + b"x" * 101 + b"\r\nEND\r\n"
+    for length in (len(header), len(header) + 50, len(whole)):
+        assert GET.parse(whole[:length]) == (Value(None, 0, 9), len(whole))
     huge = f"VALUE {KEY} 0 {'9' * 20} 9\r\n".encode()
-    assert GET.parse(huge) == (Value(None, 0, 9), len(huge))
+    assert GET.parse(huge) == (Value(None, 0, 9), len(huge) + int("9" * 20) + 7)
     assert GET.parse(item(b"x" * 100)) == (
         Value(b"x" * 100, 0, 7),
         len(item(b"x" * 100)),

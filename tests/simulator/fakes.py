@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 from flask_resilient_session.errors import SqlUnavailable
@@ -527,7 +527,12 @@ class FakeSql:
         return self._call("page", "", deadline, rows)
 
     def page_unsynced(
-        self, before_ms: int, after: tuple[int, str], limit: int, deadline: float
+        self,
+        before_ms: int,
+        expired_ms: int,
+        after: tuple[int, str],
+        limit: int,
+        deadline: float,
     ) -> list[Row]:
         """Live rows that were last synced before then."""
 
@@ -537,6 +542,7 @@ class FakeSql:
                 for row in self._database.rows.values()
                 if row.synced_at < before_ms
                 and (row.synced_at, row.session_key) > after
+                and row.expires_at >= expired_ms
                 and row.revoked_at is None
             ]
             found.sort(key=lambda row: (row.synced_at, row.session_key))
@@ -544,11 +550,12 @@ class FakeSql:
 
         return self._call("page unsynced", "", deadline, rows)
 
-    def delete(self, row: Row, deadline: float) -> bool:
-        """Delete a row if it is exactly as it was read."""
+    def delete(self, rows: Sequence[Row], deadline: float) -> list[bool]:
+        """Delete the rows that are exactly as they were read."""
         database = self._database
+        keys = " ".join(row.session_key for row in rows)
         return self._call(
-            "delete", row.session_key, deadline, lambda: database.delete(row)
+            "delete", keys, deadline, lambda: [database.delete(row) for row in rows]
         )
 
     def count_expired(self, before_ms: int, deadline: float) -> int:

@@ -32,7 +32,7 @@ from flask_resilient_session.store import Store
 from .fakes import Database, FakeNode, FakeSql, Server
 from .history import NEVER, History, Line, Session, Violation
 from .plan import NODES, WORKERS, Action, Plan, Request
-from .world import World, WorkerClock, quiet
+from .world import WorkerClock, World, quiet
 
 USER = "_user_id"
 
@@ -292,6 +292,7 @@ class Run:
     def _probe_all(self) -> None:
         """Let every worker notice what answers again."""
         self.world.spend(_LONGEST_PAUSE)
+        self.world.alone = True
         for worker in self.workers:
             access = worker.access("0" * 64)
             # The first may only find that its connections were closed.
@@ -300,6 +301,7 @@ class Run:
             worker.store.durable.read(access)
             suspects = worker.store.homes.cluster.suspects()
             assert not suspects, suspects
+        self.world.alone = False
 
     def _read_for_good(self, session: Session) -> None:
         """Load and save until it worked, by a worker that no fault touches."""
@@ -525,6 +527,7 @@ class Run:
         for index in range(WORKERS):
             self._roll(index)
         self._settle()
+        world.alone = True
         world.deliver_all()
         # Whoever moved a session has had the time to bury its copies alone.
         world.wall_ms += 2 * MOVE_AT_WORK_MS
@@ -565,9 +568,7 @@ class Run:
             raise Violation("G4", f"{session.name} was ended and a home holds it")
         if "gone" in shown and not any(self.plan.skews) and len(shown) > 1:
             raise Violation("G8", f"{session.name} is gone for some workers only")
-        if shown == {"live"} and not (
-            len(live) == 2 and same_state(live[0], live[1])
-        ):
+        if shown == {"live"} and not (len(live) == 2 and same_state(live[0], live[1])):
             raise Violation("G2", f"the homes of {session.name} do not agree at rest")
 
 

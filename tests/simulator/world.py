@@ -42,6 +42,8 @@ class World:
         self.trace: list[str] | None = [] if traced else None
         #: Writes that will land some time: (kind, what lands).
         self.late: list[tuple[str, Callable[[], None]]] = []
+        #: Nobody else can go on: there is no need to ask.
+        self.alone = False
         #: How likely a task that could go on is the one that goes on.
         self.stickiness = rng.choice((0.0, 0.0, 0.5, 0.8))
         self._tasks: list[Task] = []
@@ -57,8 +59,7 @@ class World:
 
     def pause(self) -> None:
         """Let somebody else go on, or not: where anything may happen in between."""
-        task = self._current
-        if task is None or (self.stickiness and self.rng.random() < self.stickiness):
+        if self.alone or (self.stickiness and self.rng.random() < self.stickiness):
             self.step += 1
             return
         assert self._hub is not None

@@ -1,0 +1,268 @@
+"""Deadlines that hold although nobody answers: whoever is late is hung up on.
+
+A database server that is frozen, or cut off, keeps its connections open. Its own
+timeouts are frozen with it, and drivers wait without an end: libpq polls its socket
+with no timeout, and a timeout per ``recv`` is none for the whole answer. So each call
+is watched from outside. One thread per process shuts down the socket of a call whose
+time is up; the driver finds an end of file there and raises as for any connection
+that broke, in the thread that made the call. Nothing is left behind, and a call that
+is answered in time costs microseconds: two locks, and a duplicate of the socket's
+number, so that what is shut down is this connection and never another one that got
+its number since. (A thread that makes the call while another waits costs a hundred
+microseconds a call, and stays behind in each call that is given up.)
+
+Only connecting cannot be watched so, for there is no socket yet that is known. It is
+rare, and done by a thread of its own, which closes what it gets too late. Not many
+such threads may be waiting at once.
+
+In a process that gevent has patched the watching thread is a real one all the same,
+since a driver written in C blocks every greenlet while it waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, Final
+
+from .clock import SystemClock
+
+#: Attempts to connect that may be waiting at once although they were given up.
+MOST_GIVEN_UP: Final = 8
+
+_monotonic = SystemClock().monotonic
+
+
+class TooLate(Exception):
+    """The time was up before a connection was there."""
+
+
+class TimeLimit:
+    """The time that one call may take, and the connections that it uses.
+
+    :param seconds: how long from now.
+    :ivar hung_up: whether its connections were hung up on.
+    """
+
+    __slots__ = ("_lines", "_timekeeper", "deadline", "hung_up")
+
+    def __init__(self, seconds: float) -> None:
+        self.deadline = _monotonic() + seconds
+        self.hung_up = False
+        self._lines: list[int] = []
+        self._timekeeper: _Timekeeper | None = None
+
+    @property
+    def remaining(self) -> float:
+        """Seconds that are left; not below 0."""
+        return max(self.deadline - _monotonic(), 0.0)
+
+    def watch(self, fileno: int) -> None:
+        """Hang up on this connection if it is used when the time is up."""
+        if self._timekeeper is None:
+            self._timekeeper = _timekeeper()
+        line = os.dup(fileno)
+        with self._timekeeper.mutex:
+            self._lines.append(line)
+            self._timekeeper.watch(self)
+
+    def hang_up(self) -> None:
+        """Shut down every connection; for the timekeeper, who holds its mutex."""
+        self.hung_up = True
+        for line in self._lines:
+            # The module behind socket, which gevent leaves as it is.
+            end = _socket.socket(fileno=line)
+            with contextlib.suppress(OSError):
+                end.shutdown(_socket.SHUT_RDWR)
+            end.detach()
+
+    def over(self) -> None:
+        """The call has ended, in time or not."""
+        if self._timekeeper is None:
+            return
+        with self._timekeeper.mutex:
+            self._timekeeper.limits.discard(self)
+            for line in self._lines:
+                os.close(line)
+            self._lines.clear()
+
+
+_socket: Any = importlib.import_module("_socket")
+
+_current: ContextVar[TimeLimit | None] = ContextVar("time limit", default=None)
+
+
+def current_limit() -> TimeLimit | None:
+    """The limit of the call that is being made here."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[TimeLimit]:
+    """A call that may take this long."""
+    limit = TimeLimit(seconds)
+    token = _current.set(limit)
+    try:
+        yield limit
+    finally:
+        _current.reset(token)
+        limit.over()
+
+
+def connect_within(
+    seconds: float,
+    connect: Callable[[], Any],
+    close: Callable[[Any], None],
+    *,
+    blocks: bool,
+) -> Any:
+    """Connect, or give up in time.
+
+    :param close: closes a connection that came too late.
+    :param blocks: the driver waits in C, so that no greenlet could run meanwhile.
+    :raises TooLate: it was given up.
+    """
+    timekeeper = _timekeeper()
+    threads = original("_thread") if blocks else importlib.import_module("_thread")
+    attempt = _Attempt(connect, close, timekeeper, threads.allocate_lock())
+    with timekeeper.mutex:
+        if timekeeper.given_up >= MOST_GIVEN_UP:
+            raise TooLate("earlier attempts to connect are still waiting")
+    threads.start_new_thread(attempt.run, ())
+    return attempt.result(seconds)
+
+
+class _Attempt:
+    """One connection that is being made in a thread."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Any],
+        close: Callable[[Any], None],
+        timekeeper: _Timekeeper,
+        done: Any,
+    ) -> None:
+        self._connect = connect
+        self._close = close
+        self._timekeeper = timekeeper
+        self._done = done
+        self._done.acquire()
+        self._finished = self._given_up = False
+        self._connection: Any = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Connect; close what nobody waits for any more."""
+        try:
+            self._connection = self._connect()
+        except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+            self._error = error
+        with self._timekeeper.mutex:
+            self._finished = True
+            if self._given_up:
+                self._timekeeper.given_up -= 1
+        if self._given_up and self._connection is not None:
+            with contextlib.suppress(Exception):
+                self._close(self._connection)
+        self._done.release()
+
+    def result(self, seconds: float) -> Any:
+        """The connection, or why there is none."""
+        try:
+            self._done.acquire(True, seconds)
+        finally:
+            with self._timekeeper.mutex:
+                self._given_up = not self._finished
+                if self._given_up:
+                    self._timekeeper.given_up += 1
+        if self._given_up:
+            raise TooLate("no connection was made in time")
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None
+        return self._connection
+
+
+class _Timekeeper:
+    """The thread that hangs up; one per process.
+
+    :ivar mutex: held for a few instructions at a time.
+    :ivar limits: of the calls that use a connection now.
+    :ivar given_up: attempts to connect that nobody waits for any more.
+    """
+
+    def __init__(self) -> None:
+        threads = original("_thread")
+        self.mutex = threads.allocate_lock()
+        self.limits: set[TimeLimit] = set()
+        self.given_up = 0
+        self._alarm = threads.allocate_lock()
+        self._alarm.acquire()
+        self._start_thread = threads.start_new_thread
+        self._started = False
+        self._wakes_at = float("inf")
+
+    def watch(self, limit: TimeLimit) -> None:
+        """Look after this call; the mutex is held.
+
+        Most calls end long before their time, and most times are later than the
+        next one that it wakes for anyway: so it is rarely woken.
+        """
+        self.limits.add(limit)
+        if not self._started:
+            self._started = True
+            self._start_thread(self._run, ())
+        if limit.deadline < self._wakes_at:
+            self._wakes_at = limit.deadline
+            if self._alarm.locked():
+                self._alarm.release()
+
+    def _run(self) -> None:
+        while True:
+            with self.mutex:
+                now = _monotonic()
+                for limit in [one for one in self.limits if one.deadline <= now]:
+                    self.limits.discard(limit)
+                    limit.hang_up()
+                self._wakes_at = min(
+                    (one.deadline for one in self.limits), default=float("inf")
+                )
+                wait = -1.0 if not self.limits else self._wakes_at - now
+            self._alarm.acquire(True, wait)
+
+
+#: Process id -> its timekeeper: a child has none of its parent's threads, and a lock
+#: that one of them held would never be released.
+_timekeepers: dict[int, _Timekeeper] = {}
+
+
+def _timekeeper() -> _Timekeeper:
+    process = os.getpid()
+    found = _timekeepers.get(process)
+    # Of two threads that come first, both get the one that is set.
+    return found or _timekeepers.setdefault(process, _Timekeeper())
+
+
+class _Originals:
+    """A module's functions as they were before gevent replaced them."""
+
+    def __init__(self, module: str, get_original: Callable[[str, str], Any]) -> None:
+        self._module = module
+        self._get_original = get_original
+
+    def __getattr__(self, name: str) -> Any:
+        return self._getoriginal(self._module, name)
+
+
+def original(module: str) -> Any:
+    """A module's functions as they are without gevent's."""
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None:
+        return importlib.import_module(module)
+    return _Originals(module, monkey.get_original)
