@@ -143,23 +143,31 @@ class Durable:
             return RowCorrupt(row.version)
         return RowLive(replace(copy, row_version=row.version, never_synced=False))
 
-    def insert(self, access: Access, record: Record) -> Record | None:
+    def insert(
+        self, access: Access, record: Record, *, can_wait: bool = False
+    ) -> Record | None:
         """Insert the row of a session.
 
+        :param can_wait: it may as well be done by a later request, so that it is not
+            done while many requests ask SQL.
         :returns: the record as the row holds it; None where a row stands already.
         :raises SqlUnavailable: SQL did not answer.
         """
         synced = self._synced(record, _FIRST_VERSION)
         row = self._row(access, synced)
-        inserted = self._guarded(
-            lambda until: self._sql.insert(row, until), access.deadline
-        )
+        with self._spare_place(can_wait):
+            inserted = self._guarded(
+                lambda until: self._sql.insert(row, until), access.deadline
+            )
         self._written(access)
         return self._counted(synced) if inserted else None
 
-    def update(self, access: Access, record: Record) -> Record | None:
+    def update(
+        self, access: Access, record: Record, *, can_wait: bool = False
+    ) -> Record | None:
         """Write a record over the row of the version that it knows.
 
+        :param can_wait: as in :meth:`insert`.
         :returns: the record as the row holds it; None where the row is of another
             version, dead or missing.
         :raises SqlUnavailable: SQL did not answer.
@@ -167,9 +175,10 @@ class Durable:
         seen = record.row_version
         synced = self._synced(record, seen + 1)
         row = self._row(access, synced)
-        updated = self._guarded(
-            lambda until: self._sql.update(row, seen, until), access.deadline
-        )
+        with self._spare_place(can_wait):
+            updated = self._guarded(
+                lambda until: self._sql.update(row, seen, until), access.deadline
+            )
         self._written(access)
         return self._counted(synced) if updated else None
 
@@ -267,14 +276,21 @@ class Durable:
             return None
         return user_id_column(decode_value(entry.value))
 
-    @contextlib.contextmanager
-    def _place(self, deadline: float) -> Iterator[None]:
+    def _place(self, deadline: float) -> contextlib.AbstractContextManager[None]:
         """One of the places for reads, waited for a bounded time."""
+        wait = min(self._sql_timeout, deadline - self._clock.monotonic())
+        return self._taken(max(wait, 0))
+
+    def _spare_place(self, can_wait: bool) -> contextlib.AbstractContextManager[None]:
+        """A place that nobody else wants, for what can wait; none for the rest."""
+        return self._taken(0) if can_wait else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _taken(self, wait: float) -> Iterator[None]:
         if self._places is None:
             yield
             return
-        wait = min(self._sql_timeout, deadline - self._clock.monotonic())
-        if not self._places.acquire(timeout=max(wait, 0)):
+        if not self._places.acquire(timeout=wait):
             raise SqlUnavailable("too many requests are asking SQL already")
         try:
             yield

@@ -165,7 +165,7 @@ class Saver:
             for_sql = drop_markers(for_sql, oldest_ms)
         for_sql = self._steps.changed(for_sql, changes, now_ms)
         try:
-            return self._write_row(access, for_sql), True
+            return self._write_row(access, for_sql, need), True
         except SqlUnavailable as error:
             if need is SqlNeed.REQUIRED:
                 raise self._steps.not_kept(access, error) from error
@@ -173,12 +173,13 @@ class Saver:
             # With its markers: nobody knows whether SQL dropped them too.
             return self._steps.changed(base, changes, now_ms), False
 
-    def _write_row(self, access: Access, record: Record) -> Record:
+    def _write_row(self, access: Access, record: Record, need: SqlNeed) -> Record:
         """Write the row; a row that is not as the record knows it is a conflict."""
+        can_wait = need is SqlNeed.DUE
         if record.never_synced:
-            synced = self._durable.insert(access, record)
+            synced = self._durable.insert(access, record, can_wait=can_wait)
         else:
-            synced = self._durable.update(access, record)
+            synced = self._durable.update(access, record, can_wait=can_wait)
         if synced is None:
             raise _Conflict(ask_sql=True)
         self._trust.vouch(access.session_key, synced, self._clock.monotonic())
@@ -189,7 +190,7 @@ class Saver:
         if live.standing is Standing.UNVERIFIED:
             raise self._steps.not_kept(access, "SQL and one of its nodes do not answer")
         try:
-            return self._write_row(access, record)
+            return self._write_row(access, record, SqlNeed.REQUIRED)
         except SqlUnavailable as error:
             raise self._steps.not_kept(access, error) from error
 

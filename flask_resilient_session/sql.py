@@ -321,7 +321,7 @@ class SqlTable:
             )
             return connection.execute(statement).rowcount == 1
 
-        return self._call(call, deadline)
+        return self._patiently(call, deadline)
 
     def count_expired(self, before_ms: int, deadline: float) -> int:
         """How many rows' time was over before then."""

@@ -241,6 +241,45 @@ class Sites:
         return site
 
 
+class BareApps:
+    """Makes applications that a test gives their sessions, and closes them after it."""
+
+    def __init__(self, nodes: Sequence[Memcached], tmp_path: Path) -> None:
+        self._nodes = nodes
+        self._tmp_path = tmp_path
+        self._made: list[Flask] = []
+
+    def __enter__(self) -> BareApps:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for app in self._made:
+            if "resilient_session" in app.extensions:
+                app.extensions["resilient_session"].close()
+            if "sqlalchemy" in app.extensions:
+                with app.app_context():
+                    for engine in app.extensions["sqlalchemy"].engines.values():
+                        engine.dispose()
+
+    def __call__(self, **config: Any) -> Flask:
+        """Another application, with two pages."""
+        app = make_app(self._nodes, self._tmp_path, **config)
+        app.add_url_rule("/", "index", lambda: dict(session))
+        app.add_url_rule("/set/<key>", "put", _put)
+        self._made.append(app)
+        return app
+
+
+def _put(key: str) -> str:
+    session[key] = 1
+    return "set"
+
+
 class TimeMachine:
     """Moves the clock of every application in this process."""
 
@@ -298,3 +337,21 @@ def add_rows(site: Site, count: int) -> list[str]:
         connection.execute(sa.insert(site.state.sql.table), rows)
         connection.exec_driver_sql("COMMIT")
     return keys
+
+
+def works(app: Flask) -> None:
+    """Assert that the application keeps a login in its sessions."""
+    browser = app.test_client()
+    for key in ("a", "_user_id"):
+        response = browser.get(f"/set/{key}")
+        assert response.status_code == 200, response.text
+    assert browser.get("/").json == {"a": 1, "_user_id": 1}
+
+
+def tables_of(path: Path) -> list[str]:
+    """Names of the tables in an SQLite file."""
+    engine = sa.create_engine(f"sqlite:///{path}")
+    try:
+        return sa.inspect(engine).get_table_names()
+    finally:
+        engine.dispose()

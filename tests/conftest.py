@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from apps import Sites, TimeMachine
+from database_servers import DatabaseServer, MariaDB, PostgreSQL, only_session
 from servers import Memcached, MemcachedPool, ServerMissing, find_program
 
 
@@ -40,3 +43,51 @@ def three_nodes(memcached_pool: MemcachedPool) -> Iterator[list[Memcached]]:
     """Three memcached, running and empty."""
     with memcached_pool.lend(3) as servers:
         yield servers
+
+
+@pytest.fixture
+def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
+    """Makes applications on two nodes, and closes them."""
+    with Sites(nodes, tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> TimeMachine:
+    """Time that a test moves."""
+    return TimeMachine(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def one_postgresql() -> Iterator[DatabaseServer]:
+    """A real PostgreSQL for all tests."""
+    yield from only_session(PostgreSQL)
+
+
+@pytest.fixture(scope="session")
+def one_mariadb() -> Iterator[DatabaseServer]:
+    """A real MariaDB for all tests."""
+    yield from only_session(MariaDB)
+
+
+@pytest.fixture
+def postgresql(one_postgresql: DatabaseServer) -> Iterator[DatabaseServer]:
+    """A PostgreSQL that answers, whatever the last test did to it."""
+    one_postgresql.heal()
+    yield one_postgresql
+    one_postgresql.thaw()
+
+
+@pytest.fixture
+def mariadb(one_mariadb: DatabaseServer) -> Iterator[DatabaseServer]:
+    """A MariaDB that answers, whatever the last test did to it."""
+    one_mariadb.heal()
+    yield one_mariadb
+    one_mariadb.thaw()
+
+
+@pytest.fixture(params=["postgresql", "mariadb"])
+def database(request: pytest.FixtureRequest) -> DatabaseServer:
+    """Each database server in turn."""
+    server: DatabaseServer = request.getfixturevalue(request.param)
+    return server

@@ -344,6 +344,8 @@ class Lab:
 
     def raw_row(self, user: User) -> dict[str, Any] | None:
         """The columns of the row, read over a connection of our own."""
+        if not self._real_file.exists():
+            return None  # nobody has needed SQL yet
         with contextlib.closing(sqlite3.connect(self._real_file)) as connection:
             connection.row_factory = sqlite3.Row
             found = connection.execute(

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 LIFETIME = 3600
 #: Enough lines of archive that a pipe cannot hold them.
 ROWS = 800
-#: Lines of it that are read, so that all but the last of their rows are deleted.
+#: Lines of it that are read; so many rows, but for a batch, are deleted by then.
 READ = 20
 
 PROGRAM = """
@@ -136,7 +136,7 @@ def test_a_signal_stops_it_between_rows(
 
 def test_killed_in_the_middle_it_can_be_run_again(site: Site, tmp_path: Path) -> None:
     """Nothing is lost: each session is in the archive of the first or the second."""
-    process, archive = stalled(tmp_path)
+    process, archive = stalled(tmp_path, "--batch-size", "5")
     with archive:
         process.kill()
         first = {json.loads(line)["session"] for line in archive if line.endswith("\n")}

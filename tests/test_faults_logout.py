@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,18 @@ from lab import (
     LIFETIME,
     MOVED,
     OTHER,
+    PATIENCE,
     SECOND,
     STRANGER,
     Answer,
     Lab,
     N,
     User,
+    Worker,
     each_home,
     new_lab,
 )
-from servers import Memcached
+from servers import Memcached, wait_until
 
 MEMBER = {"_user_id": "7", "x": 1}
 
@@ -440,6 +444,107 @@ def test_logout_after_a_regenerate_under_way(lab: Lab) -> None:
     late = ended(_regenerates, user)
     assert request.finish().status == 200
     assert late.sees() == {}
+
+
+def test_answer_from_before_a_logout(lab: Lab) -> None:
+    """A request after a logout never shares what SQL told a request before it."""
+    user = lab.member(x=1)
+    late = user.twin()
+    other = user.at(lab.new_worker())
+    lab.evict(user, FIRST)
+    sql = lab.worker.state.sql
+    read = sql.read
+    reading, go_on = threading.Event(), threading.Event()
+
+    def slow_once(*args: Any) -> Any:
+        row = read(*args)
+        if not reading.is_set():
+            reading.set()
+            assert go_on.wait(PATIENCE)
+        return row
+
+    sql.read = slow_once
+    before = lab.start(late.twin().sees)
+    assert reading.wait(PATIENCE)
+    assert other.logs_out().status == 200
+    lab.restart(late, FIRST)
+    lab.restart(late, SECOND)
+    trips = lab.worker.stats["round_trips"]
+    after = lab.start(late.twin().sees)
+    wait_until(lambda: lab.worker.stats["round_trips"] > trips, PATIENCE)
+    # It has asked the homes; now it asks SQL, or waits for who does.
+    time.sleep(0.1)
+    go_on.set()
+    assert after.result(PATIENCE) == {}
+    assert before.result(PATIENCE) == MEMBER, "it came before the logout"
+    assert late.sees() == {}
+    assert lab.row(late) == DEAD
+
+
+# --- revoked ---------------------------------------------------------------------
+
+
+def _revokes(worker: Worker, user: str = "7") -> int:
+    with worker.app.app_context():
+        return int(worker.sessions.revoke_user(user))
+
+
+@each_home
+@pytest.mark.parametrize("verb", ["kill", "freeze"])
+def test_revoked_without_a_home(hasty: Lab, home: str, verb: str) -> None:
+    """A user's sessions end while a node is away, and stay ended when it is back."""
+    users = [hasty.member(x=1) for _ in range(4)]
+    bystander = User(hasty.worker)
+    assert bystander.changes(_user_id="8").status == 200
+    getattr(hasty, verb)(users[0], home)
+    assert _revokes(hasty.new_worker()) == 4
+    assert [user.sees() for user in users] == [{}] * 4
+    assert bystander.sees() == {"_user_id": "8"}
+    if verb == "freeze":
+        hasty.node(users[0], home).thaw()
+    else:
+        hasty.restart(users[0], home)
+    hasty.restart(users[0], OTHER[home])
+    hasty.settle()
+    for user in users:
+        late = user.twin()
+        assert late.sees() == {}
+        assert hasty.row(user) == DEAD
+    assert bystander.sees() == {"_user_id": "8"}
+
+
+def test_revoked_under_way(lab: Lab) -> None:
+    """A request that loaded before a revocation changes nothing after it."""
+    user = lab.member(x=1)
+    request = lab.in_flight(user.twin(), lambda session: session.update(y=2))
+    assert _revokes(lab.new_worker()) == 1
+    answer = request.finish()
+    assert (answer.status, answer.set_cookie) == (200, None)
+    assert all_over(lab, user) == [DEAD] * 3
+
+
+# --- trust during an outage ------------------------------------------------------
+
+
+@each_end
+@each_home
+def test_trusted_copy(
+    nodes: list[Memcached], tmp_path: Path, home: str, end: End, remains: str
+) -> None:
+    """A copy trusted during an outage serves an ended session no longer than that."""
+    config = HASTY | {"RESILIENT_SESSION_OUTAGE_TRUST": 1.0}
+    with new_lab(nodes, tmp_path, **config) as lab:
+        user = lab.member(x=1)
+        worker, wires = lab.wired_worker()
+        remote = user.at(worker)
+        wires[lab.name(user, home)].refuse()
+        assert remote.sees() == MEMBER
+        late = ended(end, user)
+        # Both homes were told, the one that the other worker reaches too.
+        assert remote.sees() == {}
+        lab.restart(late, OTHER[home])
+        time.sleep(1.1)
+        assert remote.sees() == {}
 
 
 # --- late packets ----------------------------------------------------------------

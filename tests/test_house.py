@@ -34,7 +34,9 @@ LEVELS = {
     "replication": 3,
     # one server each
     "node": 2,
-    "sql": 2,
+    "deadline": 1,
+    "connections": 2,
+    "sql": 3,
     # what spares SQL some work
     "flights": 2,
     "trust": 2,
@@ -60,7 +62,7 @@ LEVELS = {
     "revocation": 9,
     "cli": 10,
     # all of it, put together
-    "engines": 3,
+    "engines": 4,
     "extension": 12,
     "__init__": 13,
 }
@@ -79,7 +81,7 @@ IMPURE_MODULES = {
 ONLY_IN = {
     "memcache": {"node"},
     "socket": {"node"},
-    "sqlalchemy": {"sql", "engines", "extension"},
+    "sqlalchemy": {"connections", "sql", "engines", "extension"},
     "flask_sqlalchemy": {"engines", "extension"},
     "click": {"cli", "extension"},
     "time": {"clock"},

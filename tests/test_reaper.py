@@ -1,24 +1,18 @@
-"""The reaper deletes what is dead, renews what is alive, and keeps what is in doubt."""
+"""The reaper deletes what is dead, renews what is alive, and revives nothing."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from flask import session
 
-from apps import Site, Sites, TimeMachine, add_rows, item_of, key_of
-from flask_resilient_session import ReapReport, session_expired
+from apps import Site, Sites, TimeMachine, item_of, key_of
+from flask_resilient_session import session_expired
+from reaping import DAY, LIFETIME, PAST, change_row, counts, reap, succeeded
 from servers import Memcached, wait_until
-
-LIFETIME = 3600
-#: Longer than a row outlives its session, grace included.
-PAST = 2 * LIFETIME
-DAY = 24 * 3600
 
 
 @pytest.fixture
@@ -40,32 +34,6 @@ def site(sites: Sites, clock: TimeMachine) -> Site:
     site = sites(PERMANENT_SESSION_LIFETIME=LIFETIME)
     site.set(_user_id="1")
     return site
-
-
-def reap(site: Site, **options: Any) -> ReapReport:
-    """One pass."""
-    with site.app.app_context():
-        report = site.sessions.reap(**options)
-    assert report.failed is None
-    return report
-
-
-def succeeded(site: Site) -> ReapReport | None:
-    """The report of a pass, if SQL did not fail."""
-    with site.app.app_context():
-        report = site.sessions.reap()
-    return report if report.failed is None else None
-
-
-def change_row(site: Site, **values: Any) -> None:
-    """Change every row behind the extension's back."""
-    with site.state.sql.engine.connect() as connection:
-        connection.execute(sa.update(site.state.sql.table).values(values))
-
-
-def counts(report: ReapReport) -> tuple[int, int, int, int]:
-    """Examined, renewed, reaped, unchecked."""
-    return report.examined, report.renewed, report.reaped, report.unchecked
 
 
 # --- what is dead ----------------------------------------------------------------
@@ -212,72 +180,6 @@ def test_renewing_a_session_is_no_use_of_it(sites: Sites, clock: TimeMachine) ->
     assert site.data() == {}
 
 
-# --- what is in doubt ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("home", [0, 1])
-@pytest.mark.parametrize("how", ["kill", "freeze"])
-def test_a_row_is_kept_while_a_home_is_silent(
-    sites: Sites, clock: TimeMachine, home: int, how: str
-) -> None:
-    """The silent home may hold a newer copy."""
-    site = sites(
-        PERMANENT_SESSION_LIFETIME=LIFETIME, RESILIENT_SESSION_NODE_TIMEOUT=0.1
-    )
-    site.set(_user_id="1")
-    clock.forward(PAST)
-    before = site.rows()
-    getattr(site.nodes[home], how)()
-    report = reap(site)
-    assert counts(report) == (1, 0, 0, 1)
-    assert list(report.reasons.values()) == [1]
-    assert site.nodes[home].address in next(iter(report.reasons))
-    assert site.rows() == before
-
-
-def test_a_row_of_an_unknown_key_is_kept(site: Site, clock: TimeMachine) -> None:
-    """This host may be behind in a rotation of SECRET_KEY."""
-    clock.forward(PAST)
-    before = site.rows()
-    site.app.secret_key = "another key " * 4
-    assert counts(reap(site)) == (1, 0, 0, 1)
-    assert site.rows() == before
-
-
-def test_a_corrupt_row_without_a_copy_goes(site: Site, clock: TimeMachine) -> None:
-    """There is nothing to be saved in it."""
-    change_row(site, record=b"frs garbage")
-    for node in site.nodes:
-        node.flush()
-    clock.forward(PAST)
-    assert counts(reap(site)) == (1, 0, 1, 0)
-
-
-def test_a_corrupt_row_of_a_living_session_is_replaced(
-    site: Site, clock: TimeMachine
-) -> None:
-    """Its copies are good."""
-    change_row(site, record=b"garbage", expires_at=1)
-    assert counts(reap(site)) == (1, 1, 0, 0)
-    for node in site.nodes:
-        node.flush()
-    assert site.data() == {"_user_id": "1"}
-
-
-def test_a_row_that_changed_meanwhile_is_left_alone(
-    site: Site, clock: TimeMachine
-) -> None:
-    """Somebody renewed it after it was read."""
-    clock.forward(PAST)
-
-    def archive(dead: dict[str, Any]) -> None:
-        row = site.rows()[key_of(site.sid())]
-        change_row(site, version=row.version + 1)
-
-    assert counts(reap(site, archive=archive)) == (1, 0, 0, 0)
-    assert len(site.rows()) == 1
-
-
 # --- what was ended --------------------------------------------------------------
 
 
@@ -312,76 +214,3 @@ def test_a_debt_is_paid(site: Site) -> None:
     for node in site.nodes:
         node.flush()
     assert site.data(site.browser_with(cookie)) == {}
-
-
-# --- many ------------------------------------------------------------------------
-
-
-def test_two_thousand_rows_go_in_bounded_batches(
-    site: Site, clock: TimeMachine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Memory does not grow with the table: a page at a time."""
-    add_rows(site, 2000)
-    pages: list[int] = []
-    page_expired = site.state.sql.page_expired
-
-    def spy(*args: Any) -> Any:
-        rows = page_expired(*args)
-        pages.append(len(rows))
-        return rows
-
-    monkeypatch.setattr(site.state.sql, "page_expired", spy)
-    clock.forward(PAST)
-    report = reap(site)
-    assert counts(report) == (2001, 0, 2001, 0)
-    assert (max(pages), report.batches) == (500, 5)
-    assert site.rows() == {}
-
-
-def test_two_reapers_at_once(site: Site, clock: TimeMachine) -> None:
-    """Each row is deleted once, by either; both come to an end."""
-    add_rows(site, 200)
-    clock.forward(PAST)
-    reports: list[ReapReport] = []
-    ready = threading.Barrier(2)
-
-    def run() -> None:
-        ready.wait(10)
-        reports.append(reap(site, batch_size=20))
-
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(reports) == 2
-    assert sum(report.reaped for report in reports) == 201
-    assert site.rows() == {}
-
-
-def test_one_that_failed_in_the_middle_can_be_run_again(
-    site: Site, clock: TimeMachine
-) -> None:
-    """Nothing is lost, nothing is left."""
-    add_rows(site, 30)
-    clock.forward(PAST)
-    archived: list[str] = []
-
-    def archive(dead: dict[str, Any]) -> None:
-        if len(archived) == 10:
-            raise OSError("the disk is full")
-        archived.append(dead["session"])
-
-    with pytest.raises(OSError, match="disk"):
-        reap(site, archive=archive)
-    assert len(site.rows()) == 21
-    assert counts(reap(site)) == (21, 0, 21, 0)
-
-
-def test_rows_without_homes_need_no_answer(sites: Sites, clock: TimeMachine) -> None:
-    """Sessions in SQL alone."""
-    sites.nodes = []
-    site = sites(PERMANENT_SESSION_LIFETIME=LIFETIME)
-    site.set(_user_id="1")
-    clock.forward(PAST)
-    assert counts(reap(site)) == (1, 0, 1, 0)

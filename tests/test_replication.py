@@ -256,6 +256,18 @@ def test_a_row_past_its_expiry_never_overrules_a_live_copy(row: RowLive) -> None
     assert judge_row(replies("miss", "miss"), old, TIMING, NOW) == Gone("expired")
 
 
+def test_a_row_that_was_set_back_is_written_at_its_own_version() -> None:
+    """Copies that know a later version are from before SQL was restored."""
+    ahead = replace(OTHER, row_version=9, synced_ms=NOW + HOUR)
+    answers = {home: Hit(ahead, TOKENS[home]) for home in PAIR}
+    verdict = judge_row(answers, RowLive(SAME), TIMING, NOW)
+    assert isinstance(verdict, Live)
+    assert verdict.record.payload() == OTHER.payload()
+    assert (verdict.record.row_version, verdict.record.synced_ms) == (1, NOW)
+    assert verdict.record.writes == 1
+    assert verdict.repairs == PAIR
+
+
 def test_no_tombstone_is_written_on_a_clocks_word() -> None:
     """An expired session is gone for the reader, and for nobody else."""
     for row in (RowLive(COPIES["expired"]), RowCorrupt(3)):  # type: ignore[arg-type]

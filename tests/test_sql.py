@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -215,7 +216,13 @@ def test_pages_of_unsynced_rows(table: SqlTable, limit: int) -> None:
     dead = alive.pop(1)
     table.bury(tombstone_row(dead, synced_at=NOW), soon(), has_row=True)
     table.insert(row(session_key("fresh"), synced_at=NOW + 3), soon())
-    assert all_pages(table.page_unsynced, "synced_at", NOW + 3, limit) == alive
+    expired = row(session_key("expired"), synced_at=NOW, expires_at=NOW - 1)
+    table.insert(expired, soon())
+
+    def page(before: int, *rest: Any) -> list[Row]:
+        return table.page_unsynced(before, NOW, *rest)
+
+    assert all_pages(page, "synced_at", NOW + 3, limit) == alive
     assert table.newest_sync(soon()) == NOW + 3
 
 

@@ -443,10 +443,13 @@ class Database:
     def delete(self, row: Row) -> bool:
         """DELETE of the row as it was read."""
         found = self.rows.get(row.session_key)
-        if found is None or found.version != row.version:
-            return False
-        del self.rows[row.session_key]
-        return True
+        same = found is not None and (
+            (found.version, found.synced_at, found.revoked_at)
+            == (row.version, row.synced_at, row.revoked_at)
+        )
+        if same:
+            del self.rows[row.session_key]
+        return same
 
 
 class FakeSql:

@@ -136,6 +136,24 @@ class World:
             self.trace.append(f"{self.step:5d} {text.format(*parts)}")
 
 
+class Landing:
+    """A ``threading.Event`` between tasks."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._is_set = False
+
+    def set(self) -> None:
+        """Let those that wait go on."""
+        self._is_set = True
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until it is set."""
+        until = self._world.mono + timeout
+        self._world.wait(lambda: self._is_set or self._world.mono >= until)
+        return self._is_set
+
+
 class WorkerClock:
     """The clock of one worker: the true time, and how far it is off."""
 
