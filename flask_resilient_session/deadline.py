@@ -257,7 +257,7 @@ class _Originals:
         self._get_original = get_original
 
     def __getattr__(self, name: str) -> Any:
-        return self._getoriginal(self._module, name)
+        return self._get_original(self._module, name)
 
 
 def original(module: str) -> Any:

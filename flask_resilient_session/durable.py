@@ -73,8 +73,7 @@ class Durable:
 
     :param concurrency: reads at once; None for no bound but the pool's.
     :param user_key: the session key that holds the user.
-    :param flights: shares one answer among concurrent reads of a session; only where
-        nodes hold the copies, since an answer may be as old as the question.
+    :param flights: shares one answer among concurrent reads of a session.
     """
 
     def __init__(
@@ -159,7 +158,6 @@ class Durable:
             inserted = self._guarded(
                 lambda until: self._sql.insert(row, until), access.deadline
             )
-        self._written(access)
         return self._counted(synced) if inserted else None
 
     def update(
@@ -179,7 +177,6 @@ class Durable:
             updated = self._guarded(
                 lambda until: self._sql.update(row, seen, until), access.deadline
             )
-        self._written(access)
         return self._counted(synced) if updated else None
 
     def bury(self, access: Access, tombstone: Tombstone, record: Record | None) -> None:
@@ -194,7 +191,6 @@ class Durable:
             lambda until: self._sql.bury(row, until, has_row=has_row),
             access.deadline,
         )
-        self._written(access)
 
     def move(
         self,
@@ -220,13 +216,7 @@ class Durable:
             ),
             new.deadline,
         )
-        self._written(old)
         return self._counted(synced) if moved else None
-
-    def _written(self, access: Access) -> None:
-        """Who asks from now on must not get an answer from before the write."""
-        if self._flights is not None:
-            self._flights.leave(access.session_key)
 
     def _counted(self, record: Record) -> Record:
         self._observer.count("synced")

@@ -233,7 +233,7 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         clock=clock,
         random=chance,
         observer=observer,
-        flights=Flights() if settings.nodes else None,
+        flights=Flights(),
     )
     store = Store(
         homes=Homes(ring, cluster),

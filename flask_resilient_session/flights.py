@@ -8,9 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 _Answer = TypeVar("_Answer")
+
+
+class Landing(Protocol):
+    """What :class:`threading.Event` has, as far as it is used here."""
+
+    def set(self) -> object:
+        """Let those who wait go on."""
+
+    def wait(self, timeout: float) -> object:
+        """Wait until it is set, for so many seconds at most."""
 
 
 class _Flight(Generic[_Answer]):
@@ -18,44 +28,68 @@ class _Flight(Generic[_Answer]):
 
     __slots__ = ("answer", "landed")
 
-    def __init__(self) -> None:
-        self.landed = threading.Event()
+    def __init__(self, landed: Landing) -> None:
+        self.landed = landed
         self.answer: _Answer | None = None
 
 
 class Flights(Generic[_Answer]):
-    """The questions that this process is asking at the moment."""
+    """The questions that this process is asking at the moment.
 
-    def __init__(self) -> None:
+    An answer may be as old as its question, so that only those share it who came
+    before the question was put: whoever comes while one is under way waits for it to
+    land and shares the next, which one of the waiting asks for all.
+
+    :param new_landing: makes what callers wait for.
+    """
+
+    def __init__(self, new_landing: Callable[[], Landing] = threading.Event) -> None:
+        self._new_landing = new_landing
         self._lock = threading.Lock()
         self._under_way: dict[str, _Flight[_Answer]] = {}
+        self._next: dict[str, _Flight[_Answer]] = {}
 
     def share(
         self, question: str, ask: Callable[[], _Answer], *, wait: float
     ) -> _Answer | None:
-        """The answer to a question, asked by this caller or by one before it.
+        """The answer to a question that is put after this call.
 
-        :param ask: asks; called by one caller at a time for one question.
-        :param wait: seconds to wait for another caller's answer.
-        :returns: None where the other caller got none in time.
+        :param ask: asks.
+        :param wait: seconds to wait for others.
+        :returns: None where another caller got no answer in time.
         """
         with self._lock:
-            flight = self._under_way.get(question)
-            first = flight is None
-            if flight is None:
-                flight = self._under_way[question] = _Flight()
-        if not first:
-            flight.landed.wait(max(wait, 0))
-            return flight.answer
+            current = self._under_way.get(question)
+            following = self._next.get(question)
+            mine = None
+            if following is None:
+                mine = _Flight[_Answer](self._new_landing())
+            if mine is not None and current is None:
+                self._under_way[question] = mine
+            elif mine is not None:
+                self._next[question] = mine
+        if mine is None:
+            assert following is not None
+            following.landed.wait(max(wait, 0))
+            return following.answer
+        if current is not None:
+            current.landed.wait(max(wait, 0))
+            self._depart(question, mine)
         try:
-            flight.answer = ask()
-            return flight.answer
+            mine.answer = ask()
+            return mine.answer
         finally:
-            self.leave(question, flight)
-            flight.landed.set()
+            self._land(question, mine)
 
-    def leave(self, question: str, flight: _Flight[_Answer] | None = None) -> None:
-        """Let later callers ask for themselves: the answer under way may be old."""
+    def _depart(self, question: str, flight: _Flight[_Answer]) -> None:
+        """Put the question: from here on nobody else may share its answer."""
         with self._lock:
-            if flight is None or self._under_way.get(question) is flight:
-                self._under_way.pop(question, None)
+            if self._next.get(question) is flight:
+                del self._next[question]
+            self._under_way[question] = flight
+
+    def _land(self, question: str, flight: _Flight[_Answer]) -> None:
+        with self._lock:
+            if self._under_way.get(question) is flight:
+                del self._under_way[question]
+        flight.landed.set()

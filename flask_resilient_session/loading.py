@@ -25,6 +25,7 @@ from .replication import (
     expires_ms,
     judge_copies,
     judge_row,
+    torn,
 )
 from .trust import Trust
 
@@ -58,8 +59,11 @@ class Loader:
         :param ask_sql: ask SQL even where the homes agree.
         """
         replies = self._homes.read(access)
-        self._count_corrupt(replies)
         verdict = judge_copies(replies, access.timing, self._clock.now_ms())
+        if verdict is None and not ask_sql and torn(replies):
+            replies = self._homes.read(access)
+            verdict = judge_copies(replies, access.timing, self._clock.now_ms())
+        self._count_corrupt(replies)
         if isinstance(verdict, Gone):
             return self._spread(access, verdict)
         if verdict is None and not ask_sql:

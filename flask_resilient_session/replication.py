@@ -216,16 +216,34 @@ def judge_copies(
     return Live(record, Standing.AGREED, places)
 
 
+def torn(replies: Mapping[str, Reply]) -> bool:
+    """Whether the homes may only have been read between another's two writes.
+
+    All hold a live copy that vouches for them, and only the states differ. Reading
+    once more is cheaper than asking SQL, and as good: any later read is.
+    """
+    names = frozenset(replies)
+    return len(replies) >= PAIR and all(
+        isinstance(reply, Hit)
+        and isinstance(reply.copy, Record)
+        and _vouches(reply.copy, names)
+        for reply in replies.values()
+    )
+
+
 def judge_row(
     replies: Mapping[str, Reply], row: RowAnswer, timing: Timing, now_ms: int
 ) -> Live | Gone | InsertFirst | Unknown:
     """What homes and SQL together say, where the homes alone did not settle it."""
     copies = [hit.copy for _, hit in _hits(replies) if isinstance(hit.copy, Record)]
     if isinstance(row, RowDead):
+        gone = _buried(row.tombstone, replies)
         moved = row.tombstone.reason == "moved"
-        age_ms = now_ms - row.tombstone.ended_ms
-        moving = moved and age_ms < MOVE_AT_WORK_MS
-        return _buried(row.tombstone, replies, moving=moving)
+        if moved and now_ms - row.tombstone.ended_ms < MOVE_AT_WORK_MS:
+            # A move buries the old copies by compare-and-swap, to find what others
+            # had acknowledged there meanwhile: nobody else may bury them now.
+            return replace(gone, spread=())
+        return gone
     if isinstance(row, SqlSilent):
         if not copies:
             return Unknown()
@@ -317,21 +335,14 @@ def _tombstone(replies: Mapping[str, Reply]) -> Tombstone | None:
     return found
 
 
-def _buried(
-    tombstone: Tombstone, replies: Mapping[str, Reply], *, moving: bool = False
-) -> Gone:
-    """Gone, and the homes to tell.
-
-    :param moving: the request that moves the session may still be at work. It buries
-        the old copies by compare-and-swap, to find what others had acknowledged there
-        meanwhile, so that nobody else may bury them now.
-    """
-    spread = []
-    for name, reply in replies.items():
-        live = isinstance(reply, Hit) and isinstance(reply.copy, Record)
-        if isinstance(reply, (Miss, Corrupt)) or (live and not moving):
-            spread.append(name)
-    return Gone(tombstone.reason, tombstone.ended_ms, tombstone, tuple(spread))
+def _buried(tombstone: Tombstone, replies: Mapping[str, Reply]) -> Gone:
+    spread = tuple(
+        name
+        for name, reply in replies.items()
+        if not isinstance(reply, Unreachable)
+        and not (isinstance(reply, Hit) and isinstance(reply.copy, Tombstone))
+    )
+    return Gone(tombstone.reason, tombstone.ended_ms, tombstone, spread)
 
 
 # --- writing ---------------------------------------------------------------------
@@ -415,14 +426,15 @@ def judge_acks(acks: Mapping[str, Ack], *, homes: int, in_sql: bool) -> Outcome:
 
 
 def to_remove(acks: Mapping[str, Ack]) -> list[str]:
-    """Homes whose old copy must go, after SQL took a change that no home did.
+    """The home whose old copy must go, after SQL took a change that no home did.
 
     A refused write leaves the old value readable. Two such copies would still agree
-    with each other, and nobody would ask SQL.
+    with each other, and nobody would ask SQL. One is enough, and no more: there may
+    be room again, and the other home may have taken another request's write since.
     """
     if Ack.STORED in acks.values():
         return []
-    return [name for name, ack in acks.items() if ack is Ack.REFUSED]
+    return [name for name, ack in acks.items() if ack is Ack.REFUSED][:1]
 
 
 # --- reaping ---------------------------------------------------------------------

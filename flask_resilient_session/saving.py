@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 from .access import Access
@@ -47,6 +48,7 @@ class Saver:
         self._clock = steps.clock
         self._observer = steps.observer
         self._trust = steps.trust
+        self._turns = steps.turns
 
     # --- create ------------------------------------------------------------------
 
@@ -97,14 +99,28 @@ class Saver:
             changes are dropped.
         :raises SessionTooLarge: nothing was changed.
         """
+        with contextlib.ExitStack() as turn:
+            return self._save(access, live, changes, required, turn)
+
+    def _save(
+        self,
+        access: Access,
+        live: Live,
+        changes: Changes,
+        required: bool,
+        turn: contextlib.ExitStack,
+    ) -> Live | Gone:
         courtesy = not changes and not required
-        for _ in range(MAX_ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 return self._attempt(access, live, changes, required)
             except _Conflict as conflict:
                 self._observer.count("conflicts")
                 self._observer.send(session_conflict, session=short(access.session_key))
                 ask_sql = conflict.ask_sql
+            if attempt == 0:
+                wait = access.deadline - self._clock.monotonic()
+                turn.enter_context(self._turns.take(access.session_key, wait))
             verdict = self._loader.load(access, ask_sql=ask_sql)
             if isinstance(verdict, Gone):
                 return verdict
@@ -198,9 +214,13 @@ class Saver:
         self, access: Access, live: Live, record: Record, *, in_sql: bool, now_ms: int
     ) -> None:
         """Tell the homes that an unchanged session was used, and repair them."""
-        if live.standing is Standing.UNVERIFIED:
-            return
         refreshed = in_sql or refresh_due(record, access.timing, now_ms)
+        if live.standing is Standing.UNVERIFIED:
+            # Nothing is repaired on a guess, but a use during an outage of SQL counts.
+            if refreshed:
+                record = replace(record, last_use_ms=max(record.last_use_ms, now_ms))
+                self._homes.tell(access, record, live.places, now_ms)
+            return
         if refreshed:
             record = replace(record, last_use_ms=max(record.last_use_ms, now_ms))
         repairs = {name: live.places[name] for name in live.repairs}

@@ -308,8 +308,14 @@ class SqlTable:
         columns = self.table.c
 
         def call(connection: sa.Connection) -> list[bool]:
+            deleted = [False] * len(rows)
             with self._transaction(connection):
-                return [delete_one(connection, row) for row in rows]
+                # In one order, so that two that delete the same do not meet crosswise.
+                for place in sorted(
+                    range(len(rows)), key=lambda i: rows[i].session_key
+                ):
+                    deleted[place] = delete_one(connection, rows[place])
+            return deleted
 
         def delete_one(connection: sa.Connection, row: Row) -> bool:
             # The version alone could be that of a row inserted since.
@@ -420,14 +426,17 @@ class SqlTable:
         When it is made again after its connection broke, it may find what it did
         itself the first time; then it is done.
         """
-        again = False
+        broke = False
 
         def once(connection: sa.Connection) -> bool:
-            nonlocal again
-            was_made, again = again, True
-            if call(connection):
-                return True
-            if not was_made:
+            nonlocal broke
+            try:
+                if call(connection):
+                    return True
+            except sa.exc.DBAPIError as error:
+                broke = broke or error.connection_invalidated
+                raise
+            if not broke:
                 return False
             found = self._find(connection, row.session_key)
             # An update leaves the time of creation as it is.
@@ -533,8 +542,11 @@ class SqlTable:
     def _create(self, engine: sa.Engine, remaining: float) -> None:
         with engine.connect() as connection:
             self._limit_lock_wait(connection, remaining)
+            # Where it can be, the table comes with its indexes or not at all.
+            whole = connection.dialect.name in POSTGRESQL
             try:
-                self.table.create(connection, checkfirst=True)
+                with self._transaction(connection) if whole else _NOTHING:
+                    self.table.create(connection, checkfirst=True)
             except sa.exc.DBAPIError as error:
                 if error.connection_invalidated:
                     raise
@@ -583,6 +595,8 @@ class _Process:
         finally:
             self._places.release()
 
+
+_NOTHING: Final = contextlib.nullcontext()
 
 #: Columns that an update writes: all but the key and the time of creation.
 _UPDATED: Final[Sequence[str]] = (

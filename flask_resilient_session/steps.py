@@ -15,14 +15,16 @@ from .events import Observer, logger, short
 from .homes import Homes
 from .record import NONCE_BITS, Record, apply_changes
 from .trust import Trust
+from .turns import Turns
 
 #: What a request did to a session: key -> encoded value, or None to delete it.
 Changes: TypeAlias = Mapping[str, bytes | None]
 
 #: A write that meets a concurrent one is read, joined and tried again this often.
-#: Each round some request gets through, so that this is the number of requests that
-#: may write one session at the same moment.
-MAX_ATTEMPTS: Final = 12
+#: Each round some request gets through, but not the same one's turn comes for sure:
+#: eight threads of two workers that did nothing else needed up to 14. A round takes
+#: about a millisecond, so that the deadline bounds them as well.
+MAX_ATTEMPTS: Final = 40
 
 #: Why a change was not kept.
 NOBODY: Final = "neither its nodes nor SQL answer"
@@ -36,6 +38,7 @@ class Steps:
     :ivar homes: the copies of sessions.
     :ivar durable: their rows.
     :ivar trust: remembers what SQL vouched for.
+    :ivar turns: lines up requests of this process that have met in a session.
     :ivar max_bytes: largest encoded session.
     :ivar random: nonces of stamps.
     """
@@ -43,6 +46,7 @@ class Steps:
     homes: Homes
     durable: Durable
     trust: Trust
+    turns: Turns
     max_bytes: int
     clock: Clock
     random: random_module.Random

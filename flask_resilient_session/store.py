@@ -19,6 +19,7 @@ from .loading import Loader
 from .saving import Saver
 from .steps import Changes, Steps
 from .trust import Trust
+from .turns import Turns
 
 
 class Store:
@@ -33,6 +34,7 @@ class Store:
     :param random: nonces of stamps.
     :param outage_trust: seconds for which a lone copy is trusted while its other home
         is down, after SQL vouched for it.
+    :param turns: lines up requests of this process that have met in a session.
     """
 
     def __init__(
@@ -45,11 +47,21 @@ class Store:
         random: random_module.Random,
         observer: Observer,
         outage_trust: float = 0,
+        turns: Turns | None = None,
     ) -> None:
         self.homes = homes
         self.durable = durable
         trust = Trust(outage_trust)
-        steps = Steps(homes, durable, trust, max_bytes, clock, random, observer)
+        steps = Steps(
+            homes,
+            durable,
+            trust,
+            turns or Turns(),
+            max_bytes,
+            clock,
+            random,
+            observer,
+        )
         loader = Loader(homes, durable, trust=trust, clock=clock, observer=observer)
         saver = Saver(steps, loader)
         ender = Ender(steps, loader, saver)

@@ -52,13 +52,14 @@ def new_table_name() -> str:
 
 
 def server_table(
-    server: DatabaseServer,
+    server: DatabaseServer | None,
     *,
+    url: sa.URL | None = None,
     name: str | None = None,
     like: sa.Engine | None = None,
     **changes: Any,
 ) -> SqlTable:
-    """A table on this server.
+    """A table on this server, or wherever ``url`` says.
 
     :param like: the application's engine, where there is one.
     """
@@ -73,7 +74,11 @@ def server_table(
     def new_engine() -> sa.Engine:
         if like is not None:
             return own_engine(like, timeout)
-        return plain_engine(server.url, timeout)
+        assert url is not None
+        return plain_engine(url, timeout)
+
+    if server is not None:
+        url = server.url
 
     table = define_table(sa.MetaData(), name or new_table_name(), None)
     return SqlTable(table, new_engine, **settings)
@@ -82,10 +87,11 @@ def server_table(
 class DatabaseServer(ABC):
     """One database server in a folder and on a port of its own."""
 
-    #: The name of SQLAlchemy's dialect, and what the package is called.
+    #: SQLAlchemy's names.
     dialect: ClassVar[str]
     driver: ClassVar[str]
-    package: ClassVar[str]
+
+    _first_database: ClassVar[str] = DATABASE
 
     def __init__(self) -> None:
         self.check_installed()
@@ -139,8 +145,12 @@ class DatabaseServer(ABC):
         """
 
     @abstractmethod
-    def connect(self) -> Any:
+    def connect_to(self, url: sa.URL) -> Any:
         """A connection of the driver's, not of the package under test."""
+
+    def connect(self) -> Any:
+        """A connection to the database that was there first."""
+        return self.connect_to(self.url.set(database=self._first_database))
 
     @abstractmethod
     def _create_cluster(self) -> None: ...
@@ -218,11 +228,12 @@ class DatabaseServer(ABC):
     @contextlib.contextmanager
     def session(self) -> Iterator[Any]:
         """A cursor of a connection that commits each statement."""
-        connection = self.connect()
+        connection = self.connect_to(self.url)
         try:
-            connection.autocommit = True
             if isinstance(connection, pymysql.Connection):
                 connection.autocommit(True)
+            else:
+                connection.autocommit = True
             with connection.cursor() as cursor:
                 yield cursor
         finally:
@@ -294,7 +305,8 @@ class DatabaseServer(ABC):
 class PostgreSQL(DatabaseServer):
     """One PostgreSQL."""
 
-    dialect, driver, package = "postgresql", "psycopg2", "postgresql"
+    dialect, driver = "postgresql", "psycopg2"
+    _first_database = "postgres"
     # A fast shutdown, which ends connections instead of waiting for them.
     _polite_signal = signal.SIGINT
 
@@ -304,14 +316,14 @@ class PostgreSQL(DatabaseServer):
         _postgresql_program("initdb")
         _postgresql_program("postgres")
 
-    def connect(self) -> Any:
+    def connect_to(self, url: sa.URL) -> Any:
         """See :class:`DatabaseServer`."""
         return psycopg2.connect(
-            host="127.0.0.1",
-            port=self.port,
-            user=USER,
-            password=PASSWORD,
-            dbname="postgres",
+            host=url.host,
+            port=url.port,
+            user=url.username,
+            password=url.password,
+            dbname=url.database,
             connect_timeout=5,
         )
 
@@ -324,8 +336,11 @@ class PostgreSQL(DatabaseServer):
         initdb += ["--pwfile", str(password), "--no-sync"]
         self._run([*initdb, "--encoding", "UTF8", "--locale", "C"])
         self.start()
-        with self.session() as cursor:
+        connection = self.connect()
+        connection.autocommit = True
+        with connection.cursor() as cursor:
             cursor.execute(f"CREATE DATABASE {DATABASE}")
+        connection.close()
 
     def _command(self) -> list[str]:
         settings = {
@@ -349,7 +364,7 @@ class PostgreSQL(DatabaseServer):
 class MariaDB(DatabaseServer):
     """One MariaDB."""
 
-    dialect, driver, package = "mysql", "pymysql", "mariadb-server"
+    dialect, driver = "mysql", "pymysql"
 
     @classmethod
     def check_installed(cls) -> None:
@@ -357,14 +372,14 @@ class MariaDB(DatabaseServer):
         find_program("mariadbd")
         find_program("mariadb-install-db")
 
-    def connect(self) -> Any:
+    def connect_to(self, url: sa.URL) -> Any:
         """See :class:`DatabaseServer`."""
         return pymysql.connect(
-            host="127.0.0.1",
-            port=self.port,
-            user=USER,
-            password=PASSWORD,
-            database=DATABASE,
+            host=url.host,
+            port=url.port or 0,
+            user=url.username,
+            password=str(url.password),
+            database=url.database,
             connect_timeout=5,
             read_timeout=DEADLINE,
         )

@@ -333,6 +333,16 @@ class Lab:
         assert isinstance(copy, Record), copy
         return copy
 
+    def token(self, user: User, role: str) -> int:
+        """The compare-and-swap token of a copy."""
+        server = self.node(user, role)
+        address = (server.host, server.port)
+        with socket.create_connection(address, PATIENCE) as connection:
+            connection.sendall(f"mg {self.item(user)} c\r\n".encode())
+            answer = connection.recv(100).decode()
+        assert answer.startswith("HD c"), answer
+        return int(answer.removeprefix("HD c"))
+
     def row(self, user: User) -> Any:
         """The data in the row, shown as a copy is."""
         found = self.raw_row(user)
@@ -384,6 +394,12 @@ class Lab:
     def put(self, user: User, role: str, data: bytes) -> None:
         """Put other bytes where the session's are."""
         self.node(user, role).raw_set(self.item(user), data)
+
+    def count_up_tokens(self, count: int) -> None:
+        """Let the nodes give away tokens, which are numbered for each server."""
+        for server in self.servers.values():
+            for _ in range(count):
+                server.raw_set("of nobody", b"")
 
     def sql_gone(self) -> None:
         """Take the database away, from open connections too: it cannot be opened."""

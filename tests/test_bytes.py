@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy as sa
 from flask import session
 
-from apps import Site, Sites, item_of, key_of
+from apps import Site, Sites, TimeMachine, item_of, key_of
 from flask_resilient_session.record import AES_GCM, FORMAT, MAGIC
 from servers import Memcached
 
@@ -309,3 +309,57 @@ def test_bad_bytes_do_not_slow_a_page_down(site: Site) -> None:
         poison(site, b"\xdd\xff\xff\xff\xff" * (size // 5 + 1))
         assert site.data() == ALICE
     assert time.monotonic() - started < 5
+
+
+def test_rows_of_a_dropped_key_go_in_the_end(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept while a worker may know the key; a lifetime past their end they are reaped."""
+    clock = TimeMachine(monkeypatch)
+    lifetime = site.app.permanent_session_lifetime.total_seconds()
+    site.app.config.update(SECRET_KEY="another secret")
+    with site.app.app_context():
+        for node in site.nodes:
+            node.flush()
+        clock.forward(lifetime + 3600)
+        assert site.sessions.reap().reaped == 0
+        clock.forward(lifetime)
+        assert site.sessions.reap().reaped == 1
+
+
+# --- limits that are stated ------------------------------------------------------
+
+
+def test_an_older_copy_of_the_same_session_is_believed_on_both_homes(
+    site: Site,
+) -> None:
+    """A limit: a copy proves whose it is, not that it is the newest; SQL ends it."""
+    cookie, old = site.cookie(), own_copy(site)
+    item = item_of(site.sid())
+    site.visit(lambda: session.clear())
+    stranger = site.browser_with(cookie)
+    assert site.data(stranger) == {}
+    # On one home alone the other's tombstone wins.
+    assert old[0] is not None
+    site.nodes[0].raw_set(item, old[0])
+    assert site.data(stranger) == {}
+    for node, data in zip(site.nodes, old, strict=True):
+        assert data is not None
+        node.raw_set(item, data)
+    assert site.data(stranger) == ALICE
+    # The next sync asks SQL, which has the last word.
+    site.visit(lambda: session.sync(), browser=stranger)  # type: ignore[attr-defined]
+    assert site.data(stranger) == {}
+
+
+def test_an_older_row_of_the_same_session_is_believed_without_copies(
+    site: Site,
+) -> None:
+    """A limit: who writes SQL can put back an older row, and nothing but that."""
+    old = site.rows()[key_of(site.sid())]
+    site.set(secret="changed")
+    change_row(site, site.sid(), record=old.record, version=old.version)
+    assert site.data() == ALICE | {"secret": "changed"}
+    for node in site.nodes:
+        node.flush()
+    assert site.data() == ALICE

@@ -93,6 +93,16 @@ def test_the_archive_leaves_out_the_living(
     assert archive.read_text() == ""
 
 
+def test_what_cannot_be_archived_is_kept(site: Site, clock: TimeMachine) -> None:
+    """The disk is full: it says so, without a traceback, and deletes nothing."""
+    clock.forward(PAST)
+    result = run(site, "--archive", "/dev/full")
+    assert result.exit_code != 0
+    assert isinstance(result.exception, SystemExit)
+    assert "No space left" in result.output
+    assert len(site.rows()) == 1
+
+
 # --- removed nodes ---------------------------------------------------------------
 
 

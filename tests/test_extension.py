@@ -195,3 +195,19 @@ def test_the_table_and_schema_can_be_named(apps: BareApps) -> None:
     ResilientSession(app, db)
     assert list(db.metadata.tables) == ["main.logins"]
     works(app)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_metadatas_own_schema_counts(apps: BareApps, given: bool) -> None:
+    """``MetaData(schema=…)``: there the table is, and there it is used."""
+    db = SQLAlchemy(metadata=sa.MetaData(schema="main"))
+    for name in ("one", "two"):
+        app = apps(name=name, RESILIENT_SESSION_CREATE_TABLE=False)
+        db.init_app(app)
+        ResilientSession(app, db if given else None)
+        with app.app_context():
+            db.create_all()
+        works(app)
+        used = app.extensions["resilient_session"].sql.table
+        assert used.fullname == f"main.{TABLE}"
+    assert list(db.metadata.tables) == [f"main.{TABLE}"]

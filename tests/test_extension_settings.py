@@ -100,6 +100,14 @@ def test_an_unknown_bind_key_is_explained(apps: BareApps) -> None:
         app.test_client().get("/set/_user_id")
 
 
+def test_a_bind_key_without_flask_sqlalchemy_is_explained(apps: BareApps) -> None:
+    """It would be ignored in silence, and sessions be in another database."""
+    app = apps(TESTING=True, RESILIENT_SESSION_BIND_KEY="other")
+    ResilientSession(app)
+    with pytest.raises(SetupError, match="RESILIENT_SESSION_BIND_KEY"):
+        app.test_client().get("/set/_user_id")
+
+
 def test_outside_of_an_application_it_says_so(apps: BareApps) -> None:
     """The extension object's methods are about the current application."""
     app = apps()

@@ -28,6 +28,11 @@ from servers import Memcached, wait_until
 THREADS = 4
 TIMES = 25
 
+#: A change that meets concurrent ones too often is a 503. It is rare, and a client that
+#: tries again gets through.
+REFUSALS = 10
+PATIENT_TRIES = 10
+
 
 @pytest.fixture
 def lab(nodes: list[Memcached], tmp_path: Path) -> Iterator[Lab]:
@@ -40,11 +45,13 @@ class Crowd:
     """Threads that each count up a key of their own in one session.
 
     :ivar acknowledged: key -> the last number that was answered with 200.
-    :ivar statuses: of all the answers that were not.
+    :ivar done: key -> how many were; one that is refused is tried again.
+    :ivar statuses: of the answers that were not.
     """
 
     def __init__(self, lab: Lab, user: User, workers: Sequence[Worker]) -> None:
         self.acknowledged = {f"k{number}": 0 for number in range(THREADS)}
+        self.done = dict.fromkeys(self.acknowledged, 0)
         self.statuses: list[int] = []
         self._starting = threading.Barrier(THREADS)
         self._done = [
@@ -55,27 +62,27 @@ class Crowd:
     def _count(self, key: str, visitor: User) -> None:
         self._starting.wait(PATIENCE)
         refused = 0
-        for _ in range(TIMES):
+        while refused < PATIENT_TRIES and self.done[key] < TIMES:
             answer = visitor.counts(key)
-            if answer.status == 200:
-                known = self.acknowledged[key]
-                # One that was refused may have reached some of the places.
-                assert known < answer.data <= known + 1 + refused, "a lost update"
-                self.acknowledged[key] = answer.data
-                refused = 0
-            else:
+            if answer.status != 200:
                 self.statuses.append(answer.status)
                 refused += 1
+                continue
+            known = self.acknowledged[key]
+            # One that was refused may have reached some of the places.
+            assert known < answer.data <= known + 1 + refused, "a lost update"
+            self.acknowledged[key] = answer.data
+            self.done[key] += 1
+            refused = 0
 
     @property
     def total(self) -> int:
         """How many increments were acknowledged so far."""
-        return sum(self.acknowledged.values())
+        return sum(self.done.values())
 
     def reaches(self, total: int) -> None:
         """Return when this many are done."""
-        done = lambda: self.total + len(self.statuses) >= total  # noqa: E731
-        wait_until(done, 4 * PATIENCE, f"{total} increments")
+        wait_until(lambda: self.total >= total, 4 * PATIENCE, f"{total} increments")
 
     def finishes(self) -> None:
         """Wait for all threads."""
@@ -88,7 +95,8 @@ HALF = THREADS * TIMES // 2
 
 def _in_the_end(lab: Lab, user: User, crowd: Crowd) -> dict[str, Any]:
     """Every acknowledged increment is there for everybody, on both homes."""
-    assert crowd.statuses == []
+    assert len(crowd.statuses) <= REFUSALS
+    assert set(crowd.statuses) <= {503}
     assert crowd.total == THREADS * TIMES
     everything = {"_user_id": "7", **crowd.acknowledged}
     lab.settle()
@@ -192,16 +200,9 @@ def test_sql_lost_half_way(lab: Lab) -> None:
     crowd.reaches(HALF)
     lab.sql_back()
     crowd.finishes()
-    # Refused where a request had to ask SQL just before it was gone.
-    assert len(crowd.statuses) <= THREADS
-    assert set(crowd.statuses) <= {503}
     lab.pass_time(N)
-    lab.settle()
-    seen = user.sees()
-    for key, number in crowd.acknowledged.items():
-        assert number <= seen[key] <= TIMES
-    assert lab.copies(user) == [seen, seen]
-    assert lab.row(user) == seen
+    everything = _in_the_end(lab, user, crowd)
+    assert lab.row(user) == everything
 
 
 def test_visitor_comes_back_several_times_at_once(lab: Lab) -> None:
@@ -209,7 +210,7 @@ def test_visitor_comes_back_several_times_at_once(lab: Lab) -> None:
     user = lab.visitor(cart="a")
     crowd = Crowd(lab, user, [lab.worker])
     crowd.finishes()
-    assert crowd.statuses == []
+    assert len(crowd.statuses) <= REFUSALS
     assert user.sees() == {"cart": "a", **crowd.acknowledged}
     lab.pass_time(N)
     assert user.sees() == {"cart": "a", **crowd.acknowledged}
@@ -223,7 +224,7 @@ def test_visitor_comes_back_while_a_home_is_lost(lab: Lab, home: str) -> None:
     lab.kill(user, home)
     crowd = Crowd(lab, user, [lab.worker])
     crowd.finishes()
-    assert crowd.statuses == []
+    assert len(crowd.statuses) <= REFUSALS
     assert user.sees() == {"cart": "a", **crowd.acknowledged}
     assert lab.row(user) == {"cart": "a", **crowd.acknowledged}
 
@@ -253,6 +254,16 @@ def test_key_deleted_and_a_home_back(lab: Lab, home: str) -> None:
 # --- one key ---------------------------------------------------------------------
 
 
+def _insists(visitor: User, name: object) -> int:
+    """Write one key again and again, each time until it is kept; the refusals."""
+    refused = 0
+    for turn in range(TIMES):
+        while visitor.changes(key=[name, turn]).status != 200:
+            refused += 1
+            assert refused <= REFUSALS
+    return refused
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_same_key(lab: Lab, workers: int) -> None:
     """Requests that race for one key leave one of their last values, everywhere."""
@@ -260,13 +271,13 @@ def test_same_key(lab: Lab, workers: int) -> None:
     others = [lab.new_worker() for _ in range(workers - 1)]
     starting = threading.Barrier(THREADS)
 
-    def race(number: int, visitor: User) -> list[int]:
+    def race(number: int, visitor: User) -> int:
         starting.wait(PATIENCE)
-        return [visitor.changes(key=[number, turn]).status for turn in range(TIMES)]
+        return _insists(visitor, number)
 
     places = ([lab.worker, *others] * THREADS)[:THREADS]
     runs = [lab.start(partial(race, n, user.at(w))) for n, w in enumerate(places)]
-    assert all(run.result(4 * PATIENCE) == [200] * TIMES for run in runs)
+    assert sum(run.result(4 * PATIENCE) for run in runs) <= REFUSALS
     value = user.sees()["key"]
     assert value[1] == TIMES - 1
     assert [copy["key"] for copy in lab.copies(user)] == [value, value]
@@ -283,15 +294,15 @@ def test_same_key_by_workers_that_see_different_homes(lab: Lab, home: str) -> No
     remote = user.at(worker)
     starting = threading.Barrier(2)
 
-    def race(name: str, visitor: User) -> list[int]:
+    def race(name: str, visitor: User) -> int:
         starting.wait(PATIENCE)
-        return [visitor.changes(key=[name, turn]).status for turn in range(TIMES)]
+        return _insists(visitor, name)
 
     runs = [
         lab.start(lambda: race("local", user.twin())),
         lab.start(lambda: race("remote", remote)),
     ]
-    assert all(run.result(4 * PATIENCE) == [200] * TIMES for run in runs)
+    assert sum(run.result(4 * PATIENCE) for run in runs) <= REFUSALS
     value = user.sees()["key"]
     assert value[1] == TIMES - 1
     assert remote.sees()["key"] == value
@@ -342,9 +353,8 @@ def test_regenerate_in_a_crowd(lab: Lab) -> None:
             starting.wait(PATIENCE)
             for number in range(TIMES):
                 answer = visitor.changes(**{key: number + 1})
-                assert answer.status == 200
-                if answer.set_cookie is None:
-                    # Dropped: the id had moved.
+                if answer.status != 200 or answer.set_cookie is None:
+                    # Refused; or dropped, since the id had moved.
                     return number
             return TIMES
 

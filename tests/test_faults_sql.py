@@ -297,6 +297,9 @@ def test_restarted_home_without_sql(lab: Lab, sql: Trouble, home: str) -> None:
     lab.restart(user, home)
     assert user.sees() == MEMBER
     assert lab.copy(user, home) is None, "repaired without SQL's word"
+    lab.pass_time(61)
+    assert user.sees() == MEMBER
+    assert lab.copy(user, home) is None, "repaired by a refresh"
     assert user.changes(y=2).status == 200
     everything = MEMBER | {"y": 2}
     assert lab.copies(user) == [everything, everything]

@@ -70,11 +70,14 @@ def with_login(site: Site) -> Site:
     return site
 
 
-@pytest.fixture(params=["healthy", "first node down", "second node down"])
-def weathered(request: pytest.FixtureRequest, site: Site) -> Site:
-    """The site in any weather that must not be noticed."""
-    if request.param != "healthy":
-        site.nodes[request.param == "second node down"].kill()
+@pytest.fixture(params=["healthy", "first down", "second down", "one node", "no node"])
+def weathered(request: pytest.FixtureRequest, sites: Sites) -> Site:
+    """An application in any weather that must not be noticed."""
+    weather = request.param
+    sites.nodes = sites.nodes[: {"one node": 1, "no node": 0}.get(weather, 2)]
+    site = with_login(sites())
+    if weather.endswith("down"):
+        site.nodes[weather.startswith("second")].kill()
     return site
 
 

@@ -236,10 +236,14 @@ def test_a_request_takes_no_longer_than_its_budget(sites: Sites) -> None:
     site.data()
     for node in site.nodes:
         node.freeze()
-    for _ in range(4):
+    codes = []
+    for _ in range(5):
         started = time.monotonic()
-        response = site.visit(lambda: session.update(b=1)); print(response.status_code, response.text)
+        codes.append(site.visit(lambda: session.update(b=1)).status_code)
         assert time.monotonic() - started < 0.8 + 0.4
+    # 503 at most until this process knows that they hang.
+    assert set(codes) <= {200, 503}
+    assert codes[-1] == 200
 
 
 def test_the_idle_lifetime_is_in_the_record(site: Site, clock: TimeMachine) -> None:

@@ -39,6 +39,7 @@ LEVELS = {
     "sql": 3,
     # what spares SQL some work
     "flights": 2,
+    "turns": 3,
     "trust": 2,
     # all copies, the row
     "cluster": 3,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from flask import (
     Flask,
+    abort,
     copy_current_request_context,
     flash,
     get_flashed_messages,
@@ -181,6 +182,32 @@ def test_a_request_context_without_dispatch_loads_the_session(site: Site) -> Non
     with site.app.test_request_context("/"):
         session["b"] = 2
         assert session == {"b": 2}
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_an_error_page_keeps_what_the_view_stored(site: Site, status: int) -> None:
+    """As with Flask's own sessions: an error of the view undoes nothing."""
+    site.set(a=1)
+
+    def action() -> None:
+        session["b"] = 2
+        if status == 500:
+            raise RuntimeError("the view's bug")
+        abort(404)
+
+    response = site.visit(action)
+    assert response.status_code == status
+    assert "Set-Cookie" in response.headers
+    assert site.data() == {"a": 1, "b": 2}
+
+
+def test_a_visitor_that_never_comes_back_costs_no_row(site: Site) -> None:
+    """The row is made when the cookie comes back for the first time."""
+    assert site.cost(lambda: site.set(a=1)) == (1, 0)
+    assert site.rows() == {}
+    assert site.cost(site.data).statements >= 1
+    assert len(site.rows()) == 1
+    assert site.cost(site.data) == (1, 0)
 
 
 def test_a_second_save_does_nothing(site: Site) -> None:

@@ -1,4 +1,4 @@
-"""The cookie has the attributes that Flask gives it, and goes out when Flask sends it."""
+"""The cookie: with the attributes that Flask gives it, and sent when Flask sends it."""
 
 from __future__ import annotations
 

@@ -6,15 +6,16 @@ import copy
 import json
 import operator
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flask import session
+from flask import copy_current_request_context, session
 
 from apps import Site, Sites
-from servers import Memcached
+from servers import Memcached, wait_until
 
 STORED: dict[str, Any] = {"a": 1, "b": [1, 2]}
 
@@ -207,3 +208,41 @@ def test_a_copy_is_a_plain_dict(site: Site) -> None:
 
     assert site.visit(action).status_code == 200
     assert site.data() == STORED
+
+
+def test_threads_of_one_request_load_it_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With copy_current_request_context: one load, and no thread's write is lost."""
+    second_is_there = threading.Event()
+    loads: list[object] = []
+    load = site.state.store.load
+
+    def slow_load(*args: Any, **kwargs: Any) -> Any:
+        loads.append(args)
+        assert second_is_there.wait(10)
+        return load(*args, **kwargs)
+
+    def write(key: str) -> None:
+        session[key] = 1
+
+    def action() -> None:
+        second_is_there.clear()
+        threads = [
+            threading.Thread(target=copy_current_request_context(write), args=(key,))
+            for key in ("first", "second")
+        ]
+        threads[0].start()
+        wait_until(lambda: loads)
+        threads[1].start()
+        second_is_there.set()
+        for thread in threads:
+            thread.join()
+
+    monkeypatch.setattr(site.state.store, "load", slow_load)
+    for _ in range(20):
+        loads.clear()
+        assert site.visit(action).status_code == 200
+        assert len(loads) == 1
+    monkeypatch.undo()
+    assert site.data() == STORED | {"first": 1, "second": 1}

@@ -37,9 +37,7 @@ def main() -> int:
                 return 1
         rate = arguments.schedules / (time.process_time() - started)
         words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
-        print(
-            f"{kind}: {rate:.0f} schedules per CPU second, {len(failures)} failed; {words}"
-        )
+        print(f"{kind}: {len(failures)} failed, {rate:.0f} a CPU second; {words}")
         print("\n".join(failures[:20]), end="\n" if failures else "")
         failed += len(failures)
     return 1 if failed else 0

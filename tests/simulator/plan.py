@@ -312,6 +312,8 @@ def smaller(plan: Plan) -> list[Plan]:
                 if len(left) < len(items):
                     plans.append(replace(plan, **{name: left}))
             size //= 2
+    if len(plan.slots) > 1:
+        plans.append(replace(plan, slots=plan.slots[:1]))
     if any(plan.skews):
         plans.append(replace(plan, skews=(0,) * len(plan.skews)))
     return plans

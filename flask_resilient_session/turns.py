@@ -1,0 +1,46 @@
+"""One at a time, in the order of asking, for those who met in the same place.
+
+Correctness never rests on it. Requests of one process that write the same session at
+the same moment meet in its homes and in SQL, and each round only one gets through;
+those that have met once go on one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+from .flights import Landing
+
+
+class Turns:
+    """Queues, one for each key that somebody waits for.
+
+    :param new_landing: makes what callers wait for.
+    """
+
+    def __init__(self, new_landing: Callable[[], Landing] = threading.Event) -> None:
+        self._new_landing = new_landing
+        self._lock = threading.Lock()
+        self._last: dict[str, Landing] = {}
+
+    @contextlib.contextmanager
+    def take(self, key: str, wait: float) -> Iterator[None]:
+        """Have a turn once those have had theirs who asked before.
+
+        :param wait: seconds to wait at most; then the turn is taken all the same.
+        """
+        mine = self._new_landing()
+        with self._lock:
+            previous = self._last.get(key)
+            self._last[key] = mine
+        try:
+            if previous is not None:
+                previous.wait(max(wait, 0))
+            yield
+        finally:
+            with self._lock:
+                if self._last.get(key) is mine:
+                    del self._last[key]
+            mine.set()

@@ -1,0 +1,64 @@
+"""The replication protocol against thousands of seeded schedules with faults.
+
+A failing seed is explained by its shortest trace:
+``python -m tests.simulator --class KIND --seed SEED --schedules 1``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from simulator.mutations import MUTATIONS, Mutation
+from simulator.plan import CLASSES, make_plan
+from simulator.search import explain, run_plan, run_seed
+
+#: Schedules of each class, in parts: 8 * 4 * 160 are 5120.
+PARTS = 4
+SCHEDULES = 160
+
+#: Schedules in which a rule that is switched off has to be noticed.
+NOTICED_WITHIN = 1500
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("kind", CLASSES)
+def test_no_schedule_breaks_a_guarantee(kind: str, part: int) -> None:
+    """Whatever the order and the faults of its class: no guarantee is broken."""
+    for seed in range(part * SCHEDULES, (part + 1) * SCHEDULES):
+        violation, _ = run_seed(kind, seed)
+        if violation is not None:
+            pytest.fail(explain(kind, seed), pytrace=False)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_a_rule_switched_off_is_noticed(
+    mutation: Mutation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rule of the protocol is there for a reason that some schedule shows."""
+    mutation.apply(monkeypatch.setattr)
+    for seed in range(NOTICED_WITHIN):
+        violation, _ = run_seed(mutation.kind, seed)
+        if violation is not None:
+            return
+    pytest.fail(f"{mutation.name} went unnoticed in {NOTICED_WITHIN} schedules")
+
+
+def test_a_seed_replays_exactly() -> None:
+    """The same seed gives the same schedule, step by step."""
+    plan = make_plan("node+sql", 1)
+    traces = [run_plan(plan, traced=True)[1].world.trace for _ in range(2)]
+    assert traces[0]
+    assert traces[0] == traces[1]
+
+
+def test_an_explanation_ends_with_what_was_broken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A failing seed is shrunk and told with its operations, faults and states."""
+    mutation = next(one for one in MUTATIONS if one.name == "blind_set")
+    mutation.apply(monkeypatch.setattr)
+    seed = next(seed for seed in range(100) if run_seed("none", seed)[0] is not None)
+    text = explain("none", seed)
+    assert f"class none, seed {seed}: G" in text
+    assert "shrunk to" in text
+    assert "SQL: ok" in text
