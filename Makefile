@@ -1,5 +1,5 @@
 # Every target sets up what it needs: the virtual environment, the packages in
-# it, and memcached from the system's packages where it is missing.
+# it, and servers from the system's packages where they are missing.
 
 PYTHON ?= python3
 # For pytest: make test ARGS="-x -k ring"
@@ -12,7 +12,7 @@ STAMP := $(VENV)/installed.stamp
 TYPED := flask_resilient_session $(wildcard example_app)
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format demo clean memcached
+.PHONY: help test lint format demo clean memcached postgresql mariadb
 
 help:
 	@echo "make test    lint, then the whole test suite (ARGS=\"-x -k ring\" goes to pytest)"
@@ -21,7 +21,7 @@ help:
 	@echo "make demo    three memcached nodes and the example app; Ctrl-C ends it"
 	@echo "make clean   remove the virtual environment and everything generated"
 
-test: lint memcached
+test: lint memcached postgresql mariadb
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(STAMP)
@@ -41,8 +41,8 @@ clean:
 		build dist docs/_build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-memcached:
-	@sh tools/need_memcached.sh
+memcached postgresql mariadb:
+	@sh tools/need_$@.sh
 
 # Installed anew only when the list of packages changed.
 $(STAMP): setup.cfg setup.py | $(BIN)/python

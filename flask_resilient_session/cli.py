@@ -7,16 +7,17 @@ import dataclasses
 import json
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import IO, Any, Final
+from typing import IO, Any, Final, TypeVar
 
 import click
 from flask import Flask, current_app
 from flask.cli import with_appcontext
 from flask.json.tag import TaggedJSONSerializer
 
-from .errors import SqlUnavailable
+from .errors import SetupError, SqlUnavailable
 from .reaper import DEFAULT_BATCH_SIZE, Reaper, ReapOptions, ReapReport
 from .revocation import Revoker, RevokeReport
 
@@ -29,6 +30,16 @@ EXIT_STOPPED: Final = 5
 #: Make the reaper and the revoker of an application.
 NewReaper = Callable[[Flask], Reaper]
 NewRevoker = Callable[[Flask], Revoker]
+
+_Made = TypeVar("_Made")
+
+
+def _made(make: Callable[[Flask], _Made]) -> _Made:
+    """What the current application's command works with."""
+    try:
+        return make(current_app._get_current_object())  # type: ignore[attr-defined]
+    except SetupError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def exit_code(report: ReapReport) -> int:
@@ -60,7 +71,8 @@ _REAP_OPTIONS: Final = (
     click.option(
         "--archive",
         type=click.File("a", encoding="utf-8", lazy=False),
-        help="Append one JSON line per dead session, before it is deleted.",
+        help="Append one JSON line per dead session, before it is deleted; a session"
+        " that is not deleted then is written again by the next run.",
     ),
     click.option(
         "--forget-node",
@@ -93,7 +105,7 @@ def reap_command(name: str, new_reaper: NewReaper) -> click.Command:
         quiet: bool,
         **bounds: Any,
     ) -> None:
-        reaper = new_reaper(current_app._get_current_object())  # type: ignore[attr-defined]
+        reaper = _made(new_reaper)
         shown = not (as_json or quiet)
         with _stop_on_signal() as should_stop, _progress(reaper, shown) as progress:
             report = reaper.run(
@@ -138,7 +150,7 @@ def revoke_command(new_revoker: NewRevoker) -> click.Command:
     def command(user: str | None, everybody: bool, yes: bool) -> None:
         if (user is None) != everybody:
             raise click.UsageError("Give either --user ID or --all.")
-        revoker = new_revoker(current_app._get_current_object())  # type: ignore[attr-defined]
+        revoker = _made(new_revoker)
         if not yes:
             whose = "everybody" if user is None else f"user {user}"
             try:
@@ -186,6 +198,10 @@ def _revoke_exit_code(report: RevokeReport) -> int:
 @contextlib.contextmanager
 def _stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Ask to stop after the row at hand on SIGINT or SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():
+        # A scheduler's thread: signals are the main thread's.
+        yield lambda: False
+        return
     stopping = False
 
     def stop(number: int, frame: FrameType | None) -> None:
@@ -228,9 +244,15 @@ def _archiver(file: IO[str]) -> Callable[[dict[str, Any]], None]:
             line = serializer.dumps(dead)
         except TypeError:
             line = serializer.dumps(dead | {"data": repr(dead["data"])})
-        file.write(line + "\n")
-        # The row is deleted next: the line has to be with the operating system.
-        file.flush()
+        try:
+            file.write(line + "\n")
+            # The row is deleted next: the line has to be with the operating system.
+            file.flush()
+        except OSError as error:
+            raise click.ClickException(
+                f"The archive cannot be written, and nothing that is not in it was"
+                f" deleted: {error}"
+            ) from error
 
     return archive
 

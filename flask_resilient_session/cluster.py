@@ -33,6 +33,10 @@ from .wire import Absent, Ack, Add, Cas, Delete, Get, Parsed, Request, Set
 #: otherwise the request's budget was what ran out.
 _FAIR_SHARE: Final = 0.5
 
+#: Seconds to read a reply that had as much time to arrive as another that did not:
+#: the largest takes a few milliseconds.
+_READING_SECONDS: Final = 0.05
+
 
 class ExchangeLike(Protocol):
     """See :class:`flask_resilient_session.node.Exchange`."""
@@ -219,15 +223,20 @@ class Cluster:
                 until = min(started + self._node_timeout, deadline)
                 allowed[index] = until - started
                 exchange = node.send(request, until)
-                self._put_off(under_way, started)
+                # Time spent connecting to one node is not the fault of the others.
+                spent = self._clock.monotonic() - started
+                for other in under_way.values():
+                    other.deadline = min(other.deadline + spent, deadline)
                 under_way[index] = exchange
             for index in list(under_way):
                 exchange = under_way.pop(index)
-                started = self._clock.monotonic()
                 results[index] = self._receive(
                     requests[index][0], exchange, allowed[index]
                 )
-                self._put_off(under_way, started)
+                # What the others answered meanwhile still has to be read.
+                grace = min(self._clock.monotonic() + _READING_SECONDS, deadline)
+                for other in under_way.values():
+                    other.deadline = max(other.deadline, grace)
         except BaseException:
             for exchange in under_way.values():
                 exchange.abandon()
@@ -242,12 +251,6 @@ class Cluster:
             range(len(requests)),
             key=lambda index: not self._nodes[requests[index][0]].has_idle(),
         )
-
-    def _put_off(self, under_way: Mapping[int, ExchangeLike], since: float) -> None:
-        # Time spent on one node is not the fault of the others.
-        spent = self._clock.monotonic() - since
-        for exchange in under_way.values():
-            exchange.deadline += spent
 
     def _receive(
         self, name: str, exchange: ExchangeLike, allowed: float

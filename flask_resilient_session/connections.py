@@ -128,6 +128,7 @@ def _server_engine(like: sa.Engine, sql_timeout: float) -> sa.Engine:
             seconds,
             lambda: like.pool._invoke_creator(record),
             dialect.do_close,
+            whom=id(like),
             blocks=_blocks(dialect),
         )
         try:
@@ -228,7 +229,11 @@ def _watch(connection: Any, _record: Any, _proxy: Any = None) -> None:
 
 def _fileno(connection: Any) -> int | None:
     """The number of the connection's socket; None where the driver hides it."""
-    for end in (connection, getattr(connection, "_sock", None)):
+    for end in (
+        connection,
+        getattr(connection, "_usock", None),  # pg8000, whose _sock is no socket
+        getattr(connection, "_sock", None),  # PyMySQL
+    ):
         fileno = getattr(end, "fileno", None)
         if fileno is not None:
             return int(fileno())

@@ -6,14 +6,14 @@ with no timeout, and a timeout per ``recv`` is none for the whole answer. So eac
 is watched from outside. One thread per process shuts down the socket of a call whose
 time is up; the driver finds an end of file there and raises as for any connection
 that broke, in the thread that made the call. Nothing is left behind, and a call that
-is answered in time costs microseconds: two locks, and a duplicate of the socket's
-number, so that what is shut down is this connection and never another one that got
-its number since. (A thread that makes the call while another waits costs a hundred
-microseconds a call, and stays behind in each call that is given up.)
+is answered in time pays some three microseconds: two locks, and a duplicate of the
+socket's number, so that what is shut down is this connection and never another one
+that got its number since. (Were each call made by one thread while another waits, it
+would pay ten times that, and a thread would stay behind in each that is given up.)
 
 Only connecting cannot be watched so, for there is no socket yet that is known. It is
 rare, and done by a thread of its own, which closes what it gets too late. Not many
-such threads may be waiting at once.
+such threads may be waiting for one database at once.
 
 In a process that gevent has patched the watching thread is a real one all the same,
 since a driver written in C blocks every greenlet while it waits.
@@ -25,13 +25,14 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from typing import Any, Final
 
 from .clock import SystemClock
 
-#: Attempts to connect that may be waiting at once although they were given up.
+#: Attempts to reach one database that may be waiting although they were given up.
 MOST_GIVEN_UP: Final = 8
 
 _monotonic = SystemClock().monotonic
@@ -118,19 +119,21 @@ def connect_within(
     connect: Callable[[], Any],
     close: Callable[[Any], None],
     *,
+    whom: Hashable,
     blocks: bool,
 ) -> Any:
     """Connect, or give up in time.
 
     :param close: closes a connection that came too late.
+    :param whom: what names the database.
     :param blocks: the driver waits in C, so that no greenlet could run meanwhile.
     :raises TooLate: it was given up.
     """
     timekeeper = _timekeeper()
     threads = original("_thread") if blocks else importlib.import_module("_thread")
-    attempt = _Attempt(connect, close, timekeeper, threads.allocate_lock())
+    attempt = _Attempt(connect, close, whom, timekeeper, threads.allocate_lock())
     with timekeeper.mutex:
-        if timekeeper.given_up >= MOST_GIVEN_UP:
+        if timekeeper.given_up[whom] >= MOST_GIVEN_UP:
             raise TooLate("earlier attempts to connect are still waiting")
     threads.start_new_thread(attempt.run, ())
     return attempt.result(seconds)
@@ -143,11 +146,13 @@ class _Attempt:
         self,
         connect: Callable[[], Any],
         close: Callable[[Any], None],
+        whom: Hashable,
         timekeeper: _Timekeeper,
         done: Any,
     ) -> None:
         self._connect = connect
         self._close = close
+        self._whom = whom
         self._timekeeper = timekeeper
         self._done = done
         self._done.acquire()
@@ -164,7 +169,7 @@ class _Attempt:
         with self._timekeeper.mutex:
             self._finished = True
             if self._given_up:
-                self._timekeeper.given_up -= 1
+                self._timekeeper.no_longer_waits(self._whom)
         if self._given_up and self._connection is not None:
             with contextlib.suppress(Exception):
                 self._close(self._connection)
@@ -178,7 +183,7 @@ class _Attempt:
             with self._timekeeper.mutex:
                 self._given_up = not self._finished
                 if self._given_up:
-                    self._timekeeper.given_up += 1
+                    self._timekeeper.given_up[self._whom] += 1
         if self._given_up:
             raise TooLate("no connection was made in time")
         if self._error is not None:
@@ -201,12 +206,18 @@ class _Timekeeper:
         threads = original("_thread")
         self.mutex = threads.allocate_lock()
         self.limits: set[TimeLimit] = set()
-        self.given_up = 0
+        self.given_up: Counter[Hashable] = Counter()
         self._alarm = threads.allocate_lock()
         self._alarm.acquire()
         self._start_thread = threads.start_new_thread
         self._started = False
         self._wakes_at = float("inf")
+
+    def no_longer_waits(self, whom: Hashable) -> None:
+        """An attempt that was given up has ended; the mutex is held."""
+        self.given_up[whom] -= 1
+        if not self.given_up[whom]:
+            del self.given_up[whom]
 
     def watch(self, limit: TimeLimit) -> None:
         """Look after this call; the mutex is held.

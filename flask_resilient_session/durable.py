@@ -47,6 +47,10 @@ _Result = TypeVar("_Result")
 _FIRST_VERSION: Final = 1
 
 
+class _Busy(SqlUnavailable):
+    """Too many requests of this process are asking SQL already."""
+
+
 class SqlLike(Protocol):
     """The statements that :class:`flask_resilient_session.sql.SqlTable` has."""
 
@@ -110,7 +114,7 @@ class Durable:
             lambda: self._read(access),
             wait=min(self._sql_timeout, access.deadline - self._clock.monotonic()),
         )
-        return answer or SqlSilent("it did not answer another request for the same")
+        return answer or SqlSilent("others were asking for the same", busy=True)
 
     def _read(self, access: Access) -> RowAnswer:
         try:
@@ -119,6 +123,8 @@ class Durable:
                     lambda until: self._sql.read(access.session_key, until),
                     access.deadline,
                 )
+        except _Busy as error:
+            return SqlSilent(str(error), busy=True)
         except SqlUnavailable as error:
             return SqlSilent(str(error))
         return RowMissing() if row is None else self.open_row(row, access.keyring)
@@ -281,7 +287,7 @@ class Durable:
             yield
             return
         if not self._places.acquire(timeout=wait):
-            raise SqlUnavailable("too many requests are asking SQL already")
+            raise _Busy("too many requests are asking SQL already")
         try:
             yield
         finally:

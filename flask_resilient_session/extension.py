@@ -150,8 +150,11 @@ class ResilientSession:
         :raises SessionUnavailable: SQL did not answer; some may have been ended.
         :raises ValueError: the user is None, as an anonymous one's id is.
         """
-        kept = None if keep is None else session_key_of(keep.sid)
-        return self._revoke(user_id, lambda session_key: session_key != kept)
+        kept: set[str] = set()
+        if keep is not None:
+            # Under its id, and under the one that it had until regenerate().
+            kept = {session_key_of(keep.sid), keep.visit.session_key()}
+        return self._revoke(user_id, lambda session_key: session_key not in kept)
 
     def revoke_session(self, user_id: object, session: str) -> bool:
         """End one session of a user of the current application.
@@ -251,6 +254,11 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
 
 def _new_engine(app: Flask, settings: Settings) -> Any:
     db = _state(app).db or app.extensions.get("sqlalchemy")
+    if db is None and settings.bind_key:
+        raise SetupError(
+            f"RESILIENT_SESSION_BIND_KEY = {settings.bind_key!r} names a bind of"
+            " Flask-SQLAlchemy, and this application has no Flask-SQLAlchemy."
+        )
     if db is None:
         return default_engine(app, settings.sql_timeout)
     return app_engine(app, db, settings)
@@ -279,7 +287,7 @@ def _adopt(app: Flask, state: AppState) -> bool:
     db = app.extensions.get("sqlalchemy")
     if db is None:
         return False
-    table_for(db, state.settings)
+    state.sql.use(table_for(db, state.settings))
     return True
 
 

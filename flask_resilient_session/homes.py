@@ -83,6 +83,24 @@ class Homes:
         answers = self.cluster.write(requests, access.deadline)
         return dict(zip(places, answers, strict=True))
 
+    def write_in_turn(
+        self,
+        access: Access,
+        copy: Copy,
+        places: Mapping[str, Token | None],
+        now_ms: int,
+    ) -> dict[str, Ack]:
+        """Like :meth:`write`, but one home after the other, up to the first conflict.
+
+        Two that write both homes at once may each win one, again and again. Here who
+        wins the first home has won.
+        """
+        acks: dict[str, Ack] = {}
+        for name in self.names(access):
+            if name in places and Ack.CONFLICT not in acks.values():
+                acks |= self.write(access, copy, {name: places[name]}, now_ms)
+        return acks
+
     def tell(
         self,
         access: Access,

@@ -6,13 +6,14 @@ Flask's keys are read per request, as Flask does, so that they can be rotated.
 from __future__ import annotations
 
 import hashlib
-from typing import Final, cast
+from typing import Final
 
 from flask import Flask
 
 from .access import Access
 from .config import Settings
 from .cookie import CookieSigner
+from .errors import SetupError
 from .record import Keyring
 
 #: Keys change by rotation and not by request: more sets than this are left-overs.
@@ -44,9 +45,16 @@ class Keys:
         self._known: dict[tuple[str | bytes, ...], Secrets] = {}
 
     def of(self, app: Flask) -> Secrets:
-        """Signer and keyring for the application's secret keys as they are now."""
+        """Signer and keyring for the application's secret keys as they are now.
+
+        :raises SetupError: it has none.
+        """
+        if not app.secret_key:
+            raise SetupError(
+                "Sessions need SECRET_KEY: set it here as it is set for the web server."
+            )
         fallbacks = app.config.get("SECRET_KEY_FALLBACKS") or ()
-        keys = (cast("str | bytes", app.secret_key), *fallbacks)
+        keys: tuple[str | bytes, ...] = (app.secret_key, *fallbacks)
         known = self._known.get(keys)
         if known is None:
             if len(self._known) >= _REMEMBERED:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Final
 
 from .access import Access
 from .clock import Clock
 from .durable import Durable
 from .errors import SqlUnavailable
-from .events import Observer, session_recovered, short
+from .events import Observer, logger, session_recovered, short
 from .homes import Homes
-from .record import Corrupt, Record, Reply
+from .record import Corrupt, Hit, Record, Reply
 from .replication import (
     Gone,
     InsertFirst,
@@ -25,9 +26,13 @@ from .replication import (
     expires_ms,
     judge_copies,
     judge_row,
+    overdue,
     torn,
 )
 from .trust import Trust
+
+#: The log says at most this often that workers differ in their nodes.
+_NOTICE_SECONDS: Final = 60.0
 
 
 class Loader:
@@ -50,6 +55,7 @@ class Loader:
         self._homes = homes
         self._durable = durable
         self._trust = trust
+        self._next_notice = clock.monotonic()
         self._clock = clock
         self._observer = observer
 
@@ -64,14 +70,18 @@ class Loader:
             replies = self._homes.read(access)
             verdict = judge_copies(replies, access.timing, self._clock.now_ms())
         self._count_corrupt(replies)
+        if verdict is None:
+            self._notice_other_homes(access, replies)
         if isinstance(verdict, Gone):
             return self._spread(access, verdict)
         if verdict is None and not ask_sql:
             verdict = self._trusted(access, replies)
-        if verdict is not None and not ask_sql:
-            self._observer.count("loaded_from_memory")
-            return verdict
-        return self._widen(access, replies)
+        if verdict is None or ask_sql:
+            return self._widen(access, replies)
+        if overdue(verdict.record, access.timing, self._clock.now_ms()):
+            return self._widen(access, replies, otherwise=verdict)
+        self._observer.count("loaded_from_memory")
+        return verdict
 
     def peek(self, access: Access, names: Sequence[str]) -> dict[str, Reply]:
         """What these nodes hold for a session; changes nothing."""
@@ -86,10 +96,19 @@ class Loader:
         return confirmed(record, replies)
 
     def _widen(
-        self, access: Access, replies: Mapping[str, Reply]
+        self,
+        access: Access,
+        replies: Mapping[str, Reply],
+        otherwise: Live | None = None,
     ) -> Live | Gone | Unknown:
-        """Ask SQL what the homes did not settle."""
+        """Ask SQL what the homes did not settle.
+
+        :param otherwise: what they did settle, for when SQL does not answer.
+        """
         row = self._durable.read(access)
+        if otherwise is not None and isinstance(row, SqlSilent):
+            self._observer.count("loaded_from_memory")
+            return otherwise
         verdict = judge_row(replies, row, access.timing, self._clock.now_ms())
         if isinstance(verdict, InsertFirst):
             verdict = self._insert_first(access, replies, verdict.record)
@@ -144,6 +163,25 @@ class Loader:
                 tombstone, names = paid, self._homes.names(access)
         self._homes.bury(access, tombstone, names)
         return gone
+
+    def _notice_other_homes(self, access: Access, replies: Mapping[str, Reply]) -> None:
+        """Say now and then that other workers put sessions on other nodes."""
+        now = self._clock.monotonic()
+        if now < self._next_notice:
+            return
+        for reply in replies.values():
+            copy = reply.copy if isinstance(reply, Hit) else None
+            if isinstance(copy, Record) and set(copy.homes) != set(replies):
+                self._next_notice = now + _NOTICE_SECONDS
+                logger.warning(
+                    "Session %s was written for the nodes %s; here it belongs on %s."
+                    " Right after a change of RESILIENT_SESSION_NODES that is as it"
+                    " should be. If it goes on, some worker runs with other nodes.",
+                    short(access.session_key),
+                    ", ".join(copy.homes) or "(none)",
+                    ", ".join(replies),
+                )
+                return
 
     def _count_corrupt(self, replies: Mapping[str, Reply]) -> None:
         corrupt = sum(isinstance(reply, Corrupt) for reply in replies.values())

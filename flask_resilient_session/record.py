@@ -425,21 +425,20 @@ def _unpack(body: bytes) -> Copy | CorruptBytes:
             _, reason, ended_ms, flags = fields
             return Tombstone(reason, ended_ms, bool(flags & _DEBT))
         (_, created, used, synced, version, writes, flags, homes, floor, raw) = fields
-        entries = {key: Entry(*entry) for key, entry in raw.items()}
+        return Record(
+            entries={key: Entry(*entry) for key, entry in raw.items()},
+            floor=floor,
+            created_ms=created,
+            last_use_ms=used,
+            synced_ms=synced,
+            row_version=version,
+            writes=writes,
+            never_synced=bool(flags & _NEVER_SYNCED),
+            unverified=bool(flags & _UNVERIFIED),
+            homes=homes,
+        )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return CorruptBytes()
-    return Record(
-        entries=entries,
-        floor=floor,
-        created_ms=created,
-        last_use_ms=used,
-        synced_ms=synced,
-        row_version=version,
-        writes=writes,
-        never_synced=bool(flags & _NEVER_SYNCED),
-        unverified=bool(flags & _UNVERIFIED),
-        homes=homes,
-    )
 
 
 # --- what a node answers ---------------------------------------------------------

@@ -41,6 +41,9 @@ _LONGEST_EXPTIME: Final = 30 * 24 * 60 * 60
 #: Tombstones and copies outlive what they stand for by this: more than clocks differ.
 _MARGIN_MS: Final = _DAY_MS
 
+#: The shortest rest after which SQL is asked first, where every change is synced.
+_SLACK_MS: Final = 60_000
+
 #: A request that moves a session has ended after this, whatever its budget.
 MOVE_AT_WORK_MS: Final = 60_000
 
@@ -133,9 +136,14 @@ class RowCorrupt:
 
 @dataclass(frozen=True, slots=True)
 class SqlSilent:
-    """SQL could not be asked, or its record is under a key unknown to this worker."""
+    """SQL could not be asked, or its record is under a key unknown to this worker.
+
+    :ivar busy: SQL may be well; this process had too many questions already, which
+        is no reason to guess.
+    """
 
     reason: str
+    busy: bool = False
 
 
 RowAnswer: TypeAlias = RowLive | RowDead | RowMissing | RowCorrupt | SqlSilent
@@ -216,6 +224,17 @@ def judge_copies(
     return Live(record, Standing.AGREED, places)
 
 
+def overdue(record: Record, timing: Timing, now_ms: int) -> bool:
+    """Whether a pair has not heard of SQL for so long that SQL is asked first.
+
+    The session may have been ended by somebody who reached SQL but no home. In use it
+    meets that at its next sync. One that comes back from a long rest would be served
+    once more before: for twice the interval it may, and no longer.
+    """
+    rested_ms = now_ms - record.synced_ms
+    return not record.never_synced and rested_ms >= 2 * timing.sync_ms + _SLACK_MS
+
+
 def torn(replies: Mapping[str, Reply]) -> bool:
     """Whether the homes may only have been read between another's two writes.
 
@@ -245,7 +264,7 @@ def judge_row(
             return replace(gone, spread=())
         return gone
     if isinstance(row, SqlSilent):
-        if not copies:
+        if row.busy or not copies:
             return Unknown()
         record = replace(_join_all(copies), unverified=True)
         if expires_ms(record, timing) <= now_ms:

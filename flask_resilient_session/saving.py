@@ -113,7 +113,8 @@ class Saver:
         courtesy = not changes and not required
         for attempt in range(MAX_ATTEMPTS):
             try:
-                return self._attempt(access, live, changes, required)
+                in_turn = attempt > 0
+                return self._attempt(access, live, changes, required, in_turn)
             except _Conflict as conflict:
                 self._observer.count("conflicts")
                 self._observer.send(session_conflict, session=short(access.session_key))
@@ -134,7 +135,12 @@ class Saver:
         raise self._steps.not_kept(access, TOO_MANY)
 
     def _attempt(
-        self, access: Access, live: Live, changes: Changes, required: bool
+        self,
+        access: Access,
+        live: Live,
+        changes: Changes,
+        required: bool,
+        in_turn: bool,
     ) -> Live:
         now_ms = self._clock.now_ms()
         homes = len(self._homes.names(access))
@@ -153,10 +159,13 @@ class Saver:
         if not changes:
             self._keep_times(access, live, record, in_sql=in_sql, now_ms=now_ms)
             return replace(live, record=record)
-        acks = self._homes.write(access, record, live.places, now_ms)
+        write = self._homes.write_in_turn if in_turn else self._homes.write
+        acks = write(access, record, live.places, now_ms)
         outcome = judge_acks(acks, homes=homes, in_sql=in_sql)
         if outcome is Outcome.CONFLICT:
-            raise _Conflict(ask_sql=False)
+            # What SQL took has a stamp that the homes may not show: ask it, so that
+            # the next one is higher.
+            raise _Conflict(ask_sql=in_sql)
         if outcome is Outcome.SQL_NOW:
             record = self._write_row_now(access, live, record)
         self._homes.remove_refused(access, acks)
@@ -219,7 +228,8 @@ class Saver:
             # Nothing is repaired on a guess, but a use during an outage of SQL counts.
             if refreshed:
                 record = replace(record, last_use_ms=max(record.last_use_ms, now_ms))
-                self._homes.tell(access, record, live.places, now_ms)
+                copies = {n: t for n, t in live.places.items() if t is not None}
+                self._homes.tell(access, record, copies, now_ms)
             return
         if refreshed:
             record = replace(record, last_use_ms=max(record.last_use_ms, now_ms))

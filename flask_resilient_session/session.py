@@ -10,6 +10,7 @@ session exists.
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
@@ -38,6 +39,9 @@ class Visit(Protocol):
 
         :raises SessionUnavailable: once, where a response can still be chosen.
         """
+
+    def session_key(self) -> str:
+        """Digest of the id that the request came with; empty without one."""
 
     def refuse_write(self) -> None:
         """Answer a write to an unavailable session.
@@ -136,21 +140,26 @@ class Session(dict[str, Any], SessionMixin):
         :param stored: key -> encoded value, the base of :meth:`changes`.
         """
         data = decode(stored)
-        self.__class__ = LoadedSession
-        dict.clear(self)
         self._sid = sid
         self._stored = stored
-        self.new = sid is None
+        self.__dict__["new"] = sid is None
+        dict.clear(self)
         dict.update(self, data)
+        # Last: other threads of this request take it for complete then.
+        self.__class__ = LoadedSession
 
     def rename(self, sid: str) -> None:
         """Take the id under which the session was stored in the end."""
         self._sid = sid
 
-    def become_unavailable(self) -> None:
-        """Become empty and read-only."""
-        self.__class__ = UnavailableSession
+    def become_unavailable(self, sid: str) -> None:
+        """Become empty and read-only.
+
+        :param sid: the id in its cookie.
+        """
+        self._sid = sid
         dict.clear(self)
+        self.__class__ = UnavailableSession
 
     def changes(self) -> dict[str, bytes | None]:
         """Key -> encoded value, None for a removed key; nothing if not modified.
@@ -277,6 +286,7 @@ class LazySession(Session):
         # Code in C that asks for dict's own size, as json's encoder does before it
         # asks for the items, must not take it for empty.
         dict.__setitem__(self, "", None)
+        self._loading = threading.Lock()
 
     @property
     def new(self) -> bool:  # type: ignore[override]
@@ -287,7 +297,9 @@ class LazySession(Session):
     def ensure_loaded(self) -> None:
         """Load the data."""
         self.accessed = True
-        self.visit.load(self)
+        with self._loading:
+            if isinstance(self, LazySession):
+                self.visit.load(self)
 
 
 #: Every method of dict that looks at the data or changes it.

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
@@ -78,6 +79,7 @@ def define_table(metadata: sa.MetaData, name: str, schema: str | None) -> sa.Tab
 
     :param name: ``RESILIENT_SESSION_TABLE``.
     """
+    schema = schema or metadata.schema
     known = metadata.tables.get(f"{schema}.{name}" if schema else name)
     if known is not None:
         return known
@@ -142,12 +144,17 @@ class SqlTable:
         sql_timeout: float,
         monotonic: Callable[[], float],
     ) -> None:
-        self.table = table
         self._new_engine = new_engine
         self._create_table = create_table
         self._sql_timeout = sql_timeout
         self._monotonic = monotonic
         self._processes: dict[int, _Process] = {}
+        self.use(table)
+        _in_this_process.add(self)
+
+    def use(self, table: sa.Table) -> None:
+        """Work on another table of the same columns, such as the application's own."""
+        self.table = table
         columns = table.c
         self._read = sa.select(table).where(columns.session_key == sa.bindparam("key"))
         self._update = (
@@ -358,8 +365,11 @@ class SqlTable:
                 raise
             return True
         make = postgresql.insert if dialect in POSTGRESQL else sqlite.insert
-        statement: Any = make(self.table).on_conflict_do_nothing()
-        return connection.execute(statement, _columns(row)).rowcount == 1
+        # Some drivers forget the number of rows when their cursor is closed.
+        statement = make(self.table).on_conflict_do_nothing()
+        kept = {"preserve_rowcount": True}
+        done = connection.execute(statement, _columns(row), execution_options=kept)
+        return done.rowcount == 1
 
     def _replace(self, connection: sa.Connection, row: Row, seen: int) -> bool:
         values = {f"new_{name}": v for name, v in _columns(row).items()}
@@ -569,11 +579,37 @@ class SqlTable:
         if engine is not None:
             engine.dispose()
 
+    def close_file(self) -> None:
+        """Close the connections to an SQLite file; a database in memory stays."""
+        engine = self._here.engine
+        if engine is None or engine.dialect.name not in SQLITE:
+            return
+        if not is_in_memory(engine.url):
+            engine.dispose()
+
     @property
     def engine(self) -> sa.Engine:
         """The engine in use, for counting statements and the like."""
         with time_limit(self._sql_timeout):
             return self._ready_engine(self._sql_timeout)
+
+
+#: Tables whose idle connections no child process may inherit.
+_in_this_process: Final[weakref.WeakSet[SqlTable]] = weakref.WeakSet()
+
+
+def _close_before_fork() -> None:
+    """Close what is idle: a child that inherits an open SQLite file takes no locks.
+
+    SQLite believes there that the parent's locks are its own, so that what the child
+    commits to a file in WAL mode is lost once the parent closes it.
+    """
+    for table in list(_in_this_process):
+        table.close_file()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_close_before_fork)
 
 
 class _Process:

@@ -78,9 +78,13 @@ class RequestVisit:
         elif isinstance(self.found, Gone):
             session.fill(None, {})
             return
-        session.become_unavailable()
+        session.become_unavailable(sid)
         if house.settings.on_unavailable == "error" and not self._too_late():
             raise self._unavailable()
+
+    def session_key(self) -> str:
+        """See :class:`flask_resilient_session.session.Visit`."""
+        return "" if self.access is None else self.access.session_key
 
     def refuse_write(self) -> None:
         """See :class:`flask_resilient_session.session.Visit`."""

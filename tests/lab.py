@@ -399,7 +399,7 @@ class Lab:
         """Let the nodes give away tokens, which are numbered for each server."""
         for server in self.servers.values():
             for _ in range(count):
-                server.raw_set("of nobody", b"")
+                server.raw_set("of-nobody", b"")
 
     def sql_gone(self) -> None:
         """Take the database away, from open connections too: it cannot be opened."""

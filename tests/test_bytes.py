@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import time
 import tracemalloc
 import zlib
 from collections.abc import Iterator
@@ -302,19 +301,10 @@ def test_an_encrypted_looking_header_is_not_believed(site: Site) -> None:
         assert site.visit(lambda: session.pop("b") and None).status_code == 200
 
 
-def test_bad_bytes_do_not_slow_a_page_down(site: Site) -> None:
-    """Ten kinds of bad copies together cost well under a second."""
-    started = time.monotonic()
-    for size in range(1, 500_000, 50_000):
-        poison(site, b"\xdd\xff\xff\xff\xff" * (size // 5 + 1))
-        assert site.data() == ALICE
-    assert time.monotonic() - started < 5
-
-
 def test_rows_of_a_dropped_key_go_in_the_end(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Kept while a worker may know the key; a lifetime past their end they are reaped."""
+    """Kept while a worker may know the key; reaped a whole lifetime past their end."""
     clock = TimeMachine(monkeypatch)
     lifetime = site.app.permanent_session_lifetime.total_seconds()
     site.app.config.update(SECRET_KEY="another secret")

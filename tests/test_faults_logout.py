@@ -69,14 +69,22 @@ each_end = pytest.mark.parametrize(
 
 End = Callable[[User], Answer]
 
-#: Seconds after which nobody takes a move for one still at work, so that every reader
-#: buries the copies that it missed.
+#: Seconds after which nobody takes a move for one still at work. Only then do readers
+#: bury what it missed.
 MOVED_LONG_AGO = MOVE_AT_WORK_MS / 1000 + 1
 
 
 def all_over(lab: Lab, user: User) -> list[Any]:
     """Both copies and the row."""
     return [*lab.copies(user), lab.row(user)]
+
+
+def dead_everywhere(lab: Lab, user: User, remains: str) -> None:
+    """Nobody is served this id, and its readers make that known to all places."""
+    assert user.sees() == {}
+    lab.pass_time(MOVED_LONG_AGO)
+    assert user.sees() == {}
+    assert all_over(lab, user) == [remains] * 3
 
 
 def ended(end: End, user: User) -> User:
@@ -123,8 +131,7 @@ def test_both_memories_lost_afterwards(lab: Lab, end: End, remains: str) -> None
     late = ended(end, lab.member(x=1))
     lab.restart(late, FIRST)
     lab.restart(late, SECOND)
-    assert late.sees() == {}
-    assert all_over(lab, late) == [remains] * 3
+    dead_everywhere(lab, late, remains)
 
 
 @each_end
@@ -135,17 +142,10 @@ def test_old_copy_comes_back(lab: Lab, home: str, end: End, remains: str) -> Non
     copy = lab.raw(user, home) or b""
     late = ended(end, user)
     lab.put(late, home, copy)
-    assert late.sees() == {}
-    assert all_over(lab, late) == [remains] * 3
+    dead_everywhere(lab, late, remains)
     lab.put(late, home, copy)
     lab.restart(late, OTHER[home])
-    assert late.sees() == {}
-    assert lab.copy(late, OTHER[home]) == remains
-    lab.put(late, home, copy)
-    lab.restart(late, OTHER[home])
-    lab.pass_time(MOVED_LONG_AGO)
-    assert late.sees() == {}
-    assert all_over(lab, late) == [remains] * 3
+    dead_everywhere(lab, late, remains)
 
 
 # --- one home away ---------------------------------------------------------------
@@ -164,8 +164,7 @@ def test_one_home_killed(lab: Lab, home: str, end: End, remains: str) -> None:
     lab.restart(late, home)
     lab.restart(late, OTHER[home])
     lab.settle()
-    assert late.sees() == {}
-    assert all_over(lab, late) == [remains] * 3
+    dead_everywhere(lab, late, remains)
 
 
 @each_end
@@ -222,10 +221,7 @@ def test_one_home_cut_off_and_the_other_restarted_first(
     hasty.restart(late, OTHER[home])
     local = User(hasty.worker, late.cookie)
     assert hasty.copy(local, home) == MEMBER
-    assert local.sees() == {}
-    assert hasty.copy(local, OTHER[home]) == remains
-    assert local.sees() == {}
-    assert all_over(hasty, local) == [remains] * 3
+    dead_everywhere(hasty, local, remains)
 
 
 # --- both homes away -------------------------------------------------------------
@@ -244,8 +240,7 @@ def test_both_homes_away(hasty: Lab, verb: str, end: End, remains: str) -> None:
     hasty.restart(late, FIRST)
     hasty.restart(late, SECOND)
     hasty.settle()
-    assert late.sees() == {}
-    assert all_over(hasty, late) == [remains] * 3
+    dead_everywhere(hasty, late, remains)
 
 
 @each_end
@@ -263,8 +258,7 @@ def test_both_homes_cut_off(hasty: Lab, end: End, remains: str) -> None:
     assert local.sees() == MEMBER, "the documented limit"
     hasty.pass_time(N)
     assert local.twin().changes(y=1).status == 200
-    assert local.sees() == {}
-    assert all_over(hasty, local) == [remains] * 3
+    dead_everywhere(hasty, local, remains)
 
 
 # --- without SQL -----------------------------------------------------------------
@@ -364,8 +358,7 @@ def test_save_after_the_end_and_a_loss(
     getattr(lab, verb)(late, home)
     answer = request.finish()
     assert (answer.status, answer.set_cookie) == (200, None)
-    assert late.sees() == {}
-    assert all_over(lab, late) == [remains] * 3
+    dead_everywhere(lab, late, remains)
 
 
 @each_end
@@ -380,8 +373,7 @@ def test_save_after_the_end_and_the_loss_of_all_memory(
     lab.restart(late, SECOND)
     answer = request.finish()
     assert (answer.status, answer.set_cookie) == (200, None)
-    assert all_over(lab, late) == [remains] * 3
-    assert late.sees() == {}
+    dead_everywhere(lab, late, remains)
 
 
 @each_home
@@ -566,8 +558,7 @@ def test_late_change(hasty: Lab, home: str, end: End, remains: str) -> None:
     late = ended(end, user)
     assert wire.release() > 0
     worker.settle()
-    assert late.sees() == {}
-    assert all_over(hasty, late) == [remains] * 3
+    dead_everywhere(hasty, late, remains)
 
 
 @each_home

@@ -12,12 +12,14 @@ import re
 import subprocess
 import sys
 import tarfile
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import flask
 import pytest
+import sqlalchemy as sa
 
 from flask_resilient_session import ResilientSession, ResilientSessionInterface
 from servers import Memcached
@@ -70,8 +72,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def _stored() -> int:
-    import sqlalchemy as sa
-
     engine = sa.create_engine(os.environ[DATABASE])
     with engine.connect() as connection:
         query = sa.text("select count(*) from resilient_sessions")
@@ -83,10 +83,30 @@ def _stored() -> int:
 
 def _source() -> Path:
     """Flask-Login's source distribution, downloaded once."""
-    found = next(CACHE.glob("*/tests/test_login.py"), None)
+    found = next(CACHE.glob("[!.]*/tests/test_login.py"), None)
     if found is not None:
         return found.parent.parent
     CACHE.mkdir(parents=True, exist_ok=True)
+    if next(CACHE.glob("*.tar.gz"), None) is None and (why := _download()):
+        pytest.fail(
+            "Flask-Login's source distribution cannot be had from the package index."
+            f" Its tests need it once; it may be put into {CACHE} by hand.\n{why}",
+            pytrace=False,
+        )
+    with (
+        tempfile.TemporaryDirectory(dir=CACHE, prefix=".") as folder,
+        tarfile.open(next(CACHE.glob("*.tar.gz"))) as archive,
+    ):
+        # The filter by which later Pythons are safe by default, where it exists.
+        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        archive.extractall(folder, **safe)  # type: ignore[arg-type]
+        (unpacked,) = Path(folder).iterdir()
+        # In one step, so that what is found is whole.
+        return unpacked.rename(CACHE / unpacked.name)
+
+
+def _download() -> str:
+    """Get the source distribution; what went wrong, or nothing."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
     command += ["--no-binary", "Flask-Login", "--disable-pip-version-check"]
     command += ["--dest", str(CACHE), f"Flask-Login=={version('flask-login')}"]
@@ -100,17 +120,8 @@ def _source() -> Path:
             text=True,
         )
     except (subprocess.SubprocessError, OSError) as error:
-        pytest.fail(
-            "Flask-Login's source distribution cannot be had from the package index"
-            f" ({getattr(error, 'output', None) or error}). Its tests need it once;"
-            f" it may be put into {CACHE} by hand.",
-            pytrace=False,
-        )
-    with tarfile.open(next(CACHE.glob("*.tar.gz"))) as archive:
-        # The filter by which later Pythons are safe by default, where it exists.
-        safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-        archive.extractall(CACHE, **safe)  # type: ignore[arg-type]
-    return next(CACHE.glob("*/tests/test_login.py")).parent.parent
+        return str(getattr(error, "output", None) or error)
+    return ""
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,7 @@ import http.client
 import itertools
 import json
 import os
-import select
-import shutil
-import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -25,11 +21,8 @@ import pytest
 from werkzeug.http import parse_cookie
 
 from misbehaving import in_child
-from served_app import create_app
-from servers import Memcached, free_port, wait_until
-
-#: Seconds for anything that is waited for.
-PATIENCE: Final = 30.0
+from served_app import PATIENCE, Gunicorn, create_app
+from servers import Memcached, wait_until
 
 #: What a node's statistics count besides the application's connections: the one
 #: that asks for them.
@@ -38,156 +31,10 @@ OWN_CONNECTIONS: Final = 1
 #: Connections that a process keeps open to a node when nothing goes on.
 IDLE_CONNECTIONS: Final = 32
 
-#: Patient, so that a slow machine is not taken for a fault; quick to try again.
-SETTINGS: Final = {
-    "SECRET_KEY": "a secret of the served app " * 2,
-    "SESSION_COOKIE_SECURE": "true",
-    "SESSION_COOKIE_SAMESITE": "Lax",
-    "RESILIENT_SESSION_NODE_TIMEOUT": "2",
-    "RESILIENT_SESSION_NODE_RETRY": "0.05",
-    "RESILIENT_SESSION_NODE_RETRY_MAX": "0.1",
-    "RESILIENT_SESSION_REQUEST_BUDGET": "16",
-    "RESILIENT_SESSION_SQL_TIMEOUT": "5",
-}
 
-GUNICORN_HOOKS: Final = """
-import os
-
-def post_worker_init(worker):
-    os.write(int(os.environ["SERVED_READY"]), b".")
-"""
-
-
-class Gunicorn:
-    """A gunicorn process tree that serves :mod:`served_app` on one port.
-
-    :param nodes: the memcached nodes.
-    :param database: an SQLite file; made here, in WAL mode.
-    :param arguments: gunicorn's, such as ``--workers``.
-    """
-
-    def __init__(
-        self,
-        nodes: Sequence[Memcached],
-        database: Path,
-        *arguments: str,
-        workers: int = 1,
-        preload: bool = False,
-    ) -> None:
-        with closing(sqlite3.connect(database)) as connection:
-            connection.execute("PRAGMA journal_mode = WAL").close()
-        self.port = free_port()
-        self._workers = workers
-        hooks = database.with_name("gunicorn_hooks.py")
-        hooks.write_text(GUNICORN_HOOKS)
-        self._command = [
-            *(sys.executable, "-m", "gunicorn", "--config", str(hooks)),
-            *("--bind", f"127.0.0.1:{self.port}", "--workers", str(workers)),
-            *("--chdir", str(Path(__file__).parent), "--log-level", "warning"),
-            *("--keep-alive", "60", "--graceful-timeout", str(int(PATIENCE))),
-            *(("--preload",) if preload else ()),
-            *arguments,
-            "served_app:create_app()",
-        ]
-        setpriv = shutil.which("setpriv")
-        if setpriv:
-            self._command = [setpriv, "--pdeathsig", "KILL", *self._command]
-        addresses = ",".join(node.address for node in nodes)
-        settings = {
-            **SETTINGS,
-            "SQLALCHEMY_DATABASE_URI": f"sqlite:///{database}",
-            "RESILIENT_SESSION_NODES": addresses,
-        }
-        self.environment = {f"FLASK_{key}": value for key, value in settings.items()}
-        self._preload = {"SERVED_PRELOAD": "1"} if preload else {}
-        self._log = database.with_name("gunicorn.log")
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Gunicorn:
-        ready, to_tell = os.pipe()
-        environment = {**os.environ, **self.environment, **self._preload}
-        environment["SERVED_READY"] = str(to_tell)
-        try:
-            with self._log.open("wb") as log:
-                self.process = subprocess.Popen(
-                    self._command,
-                    env=environment,
-                    pass_fds=(to_tell,),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                )
-            os.close(to_tell)
-            for _ in range(self._workers):
-                # Every worker writes a byte; the end of the pipe is the server's end.
-                if not select.select([ready], [], [], PATIENCE)[0] or not os.read(
-                    ready, 1
-                ):
-                    self._kill()
-                    raise AssertionError(f"gunicorn did not start:\n{self.log}")
-        finally:
-            os.close(ready)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._kill()
-
-    def settle(self, visitor: Browser) -> None:
-        """Return when every worker uses every node again.
-
-        :param visitor: someone with a session on all nodes.
-        """
-        workers: set[int] = set()
-
-        def settled() -> bool:
-            # A new connection each time, so that each worker has its turn.
-            with closing(Browser(self.port, visitor.user)) as browser:
-                browser.cookie = visitor.cookie
-                page = browser.ask("GET", "/about")
-            change = workers.discard if page["suspects"] else workers.add
-            change(page["process"])
-            return len(workers) == self._workers
-
-        wait_until(settled, PATIENCE, "every worker to use every node")
-
-    @property
-    def pid(self) -> int:
-        """Process id of the master."""
-        assert self.process is not None
-        return self.process.pid
-
-    @property
-    def log(self) -> str:
-        """All that it said."""
-        return self._log.read_text()
-
-    def terminate(self) -> None:
-        """Ask it to end when the requests that it has are answered."""
-        assert self.process is not None
-        self.process.send_signal(signal.SIGTERM)
-
-    def ended(self) -> int:
-        """Its exit status, once it has ended."""
-        assert self.process is not None
-        return self.process.wait(PATIENCE)
-
-    def deaf(self) -> bool:
-        """Whether it takes no more connections."""
-        try:
-            socket.create_connection(("127.0.0.1", self.port), 1).close()
-        except OSError:
-            return True
-        return False
-
-    def _kill(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            # Workers end by themselves when the master is gone; SIGQUIT is quicker.
-            self.process.send_signal(signal.SIGQUIT)
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(PATIENCE)
+def listed(nodes: Sequence[Memcached]) -> str:
+    """Nodes as RESILIENT_SESSION_NODES names them."""
+    return ",".join(node.address for node in nodes)
 
 
 class Browser:
@@ -355,7 +202,7 @@ def break_each(
             node.kill()
             crowd.await_requests(60)
             node.start()
-            server.settle(crowd.browsers[0])
+            server.settle(crowd.browsers[0].cookie)
             crowd.await_everybody()
 
     return run
@@ -374,6 +221,7 @@ def finish_in_flight(
             wait_until(server.deaf, PATIENCE, "the server to close its port")
             inside.sendall(b".")
         page = browser.receive()
+    browser.close()
     assert page["last"] == "waited"
     assert server.ended() == 0, server.log
     assert "Traceback" not in server.log
@@ -407,7 +255,7 @@ def test_preloaded_workers_share_no_connection(
 ) -> None:
     """Two processes forked with open connections; every user sees their own data."""
     database = tmp_path / "sync.sqlite"
-    with Gunicorn(nodes, database, workers=2, preload=True) as server:
+    with Gunicorn(listed(nodes), database, workers=2, preload=True) as server:
         with closing(Browser(server.port, "nobody")) as browser:
             page = browser.ask("GET", "/about")
         assert page["preloaded"]["process"] == server.pid != page["process"]
@@ -429,7 +277,9 @@ def test_threads_share_a_pool_of_connections(
 ) -> None:
     """Two processes of eight threads need no more connections than that."""
     arguments = ("--worker-class", "gthread", "--threads", "8")
-    with Gunicorn(nodes, tmp_path / "threads.sqlite", *arguments, workers=2) as server:
+    with Gunicorn(
+        listed(nodes), tmp_path / "threads.sqlite", *arguments, workers=2
+    ) as server:
         crowd = crowded(server, 16, 3)
         crowd.visit(14, break_each(server, nodes, crowd))
         assert crowd.requests >= 1000
@@ -444,7 +294,7 @@ def test_greenlets_share_a_pool_of_connections(
     """Bursts of 400 greenlets leave no more connections than the pool keeps."""
     arguments = ("--worker-class", "gevent", "--worker-connections", "1000")
     with (
-        Gunicorn(nodes, tmp_path / "greenlets.sqlite", *arguments) as server,
+        Gunicorn(listed(nodes), tmp_path / "greenlets.sqlite", *arguments) as server,
         ExitStack() as stack,
     ):
         browsers = [
@@ -459,7 +309,7 @@ def test_greenlets_share_a_pool_of_connections(
                 nodes[0].kill()
             if burst == 3:
                 nodes[0].start()
-                server.settle(browsers[0])
+                server.settle(browsers[0].cookie)
             for browser in browsers:
                 browser.appending("list", str(burst))
             for browser in browsers:
@@ -478,7 +328,7 @@ def test_a_childs_commits_outlive_the_parents_connection(
 ) -> None:
     """A child forked with an open SQLite file takes locks of its own there."""
     database = tmp_path / "forked.sqlite"
-    server = Gunicorn(nodes, database)
+    server = Gunicorn(listed(nodes), database)
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     app = create_app()

@@ -297,8 +297,9 @@ def test_a_frozen_node_holds_revocation_up_for_a_bounded_time(sites: Sites) -> N
     assert [site.data(browser) for browser in browsers[1::10]] == [{}] * 3
 
 
-def test_homes_that_could_not_be_told_serve_no_longer_than_the_interval(
-    sites: Sites, clock: TimeMachine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rest", [2, 500])
+def test_homes_that_could_not_be_told_serve_for_two_intervals_at_most(
+    sites: Sites, clock: TimeMachine, monkeypatch: pytest.MonkeyPatch, rest: int
 ) -> None:
     """A worker that reaches both homes, revoked by a host that reaches neither."""
     site = sites()
@@ -308,9 +309,26 @@ def test_homes_that_could_not_be_told_serve_no_longer_than_the_interval(
     monkeypatch.setattr(host.state.store.homes.cluster, "_admitted", lambda name: None)
     with inside(host):
         assert host.sessions.revoke_user("alice") == 1
-    clock.forward(host.state.settings.timing(timedelta(days=31)).sync_ms / 1000 + 1)
     # Also the very first request after that time.
+    clock.forward(rest * host.state.settings.timing(timedelta(days=31)).sync_ms / 1000)
+    clock.forward(61)
     assert site.data(browser) == {}
+    assert site.data(browser) == {}
+
+
+def test_a_session_in_use_meets_its_revocation_at_its_next_sync(
+    sites: Sites, clock: TimeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One request finds the tombstone when it syncs; the next one finds nothing."""
+    site = sites()
+    browser = login(site, "alice")
+    site.data(browser)
+    host = sites()
+    monkeypatch.setattr(host.state.store.homes.cluster, "_admitted", lambda name: None)
+    with inside(host):
+        assert host.sessions.revoke_user("alice") == 1
+    clock.forward(host.state.settings.timing(timedelta(days=31)).sync_ms / 1000 + 1)
+    site.data(browser)
     assert site.data(browser) == {}
 
 

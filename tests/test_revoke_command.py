@@ -10,6 +10,7 @@ import pytest
 from flask.testing import FlaskClient
 
 from apps import Site, Sites
+from database_servers import new_table_name
 from servers import Memcached, MemcachedPool
 
 
@@ -139,3 +140,35 @@ def test_a_second_run_finds_nothing(site: Site) -> None:
     assert run(site, "--all", "--yes").exit_code == 0
     result = run(site, "--all", "--yes")
     assert (result.exit_code, result.output) == (0, "Ended 0 sessions.\n")
+
+
+#: Ids that some collation, driver or column would take for another or refuse.
+ODD = [
+    "bob",
+    "Bob",
+    "bob ",
+    "\u00e9",
+    "e\u0301",
+    "e",
+    "",
+    "0",
+    "00",
+    "nul\0l",
+    "\ud800",
+]
+
+
+@pytest.mark.parametrize("database", ["postgresql", "mariadb"])
+def test_every_database_tells_users_apart(
+    sites: Sites, database: str, request: pytest.FixtureRequest
+) -> None:
+    """Case, blanks, accents and odd characters count on each server as on SQLite."""
+    server = request.getfixturevalue(database)
+    site = sites(
+        SQLALCHEMY_DATABASE_URI=server.uri, RESILIENT_SESSION_TABLE=new_table_name()
+    )
+    browsers = {user: login(site, user) for user in [*ODD, "x" * 300, "x" * 301]}
+    for user, browser in browsers.items():
+        with site.app.app_context():
+            assert site.sessions.revoke_user(user) == 1
+        assert site.data(browser) == {}

@@ -17,7 +17,7 @@ PARTS = 4
 SCHEDULES = 160
 
 #: Schedules in which a rule that is switched off has to be noticed.
-NOTICED_WITHIN = 1500
+NOTICED_WITHIN = 3000
 
 
 @pytest.mark.parametrize("part", range(PARTS))

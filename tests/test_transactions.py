@@ -43,10 +43,21 @@ def written(site: Site, notes: sa.Table) -> list[str]:
         return list(site.db.session.scalars(sa.select(notes.c.text)))
 
 
-@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///:memory:"])
+IN_MEMORY = [
+    "sqlite://",
+    "sqlite:///:memory:",
+    "sqlite:///file:shared?mode=memory&cache=shared&uri=true",
+]
+
+
+@pytest.mark.parametrize("uri", IN_MEMORY)
 def test_in_memory_the_views_work_is_not_committed(sites: Sites, uri: str) -> None:
     """In-memory SQLite has one connection: ours is to another database."""
-    site, notes = with_notes(sites, SQLALCHEMY_DATABASE_URI=uri)
+    # As Flask-SQLAlchemy has it for the first two: one connection for all threads.
+    options = {"poolclass": sa.StaticPool}
+    site, notes = with_notes(
+        sites, SQLALCHEMY_DATABASE_URI=uri, SQLALCHEMY_ENGINE_OPTIONS=options
+    )
 
     def action() -> None:
         site.db.session.execute(notes.insert().values(text="unfinished"))

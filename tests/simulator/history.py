@@ -35,7 +35,12 @@ class Violation(AssertionError):
 
 @dataclass(slots=True, eq=False)
 class Write:
-    """One request's change of one key; ``end`` is when it was acknowledged."""
+    """One request's change of one key.
+
+    :ivar end: when it was acknowledged.
+    :ivar durable: SQL has it for certain.
+    :ivar excused: it may be lost; see :meth:`History.excuse`.
+    """
 
     key: str
     value: bytes | None
@@ -43,6 +48,7 @@ class Write:
     end: int = NEVER
     end_ms: int = 0
     durable: bool = False
+    excused: bool = False
 
     def __str__(self) -> str:
         value = "nothing" if self.value is None else self.value.decode(errors="replace")
@@ -146,8 +152,9 @@ class History:
     def acknowledge(self, writes: Iterable[Write], *, durable: bool) -> None:
         """The request was told that they are kept."""
         for write in writes:
-            if write.start <= self._lost_step and not durable:
-                # It was under way when all memory was lost.
+            lost = write.start <= self._lost_step
+            if (lost or write.excused) and not durable:
+                # It was under way when all memory was lost, or during a move.
                 continue
             write.end = self.world.step
             write.end_ms = self.world.wall_ms
@@ -206,8 +213,9 @@ class History:
         """
         for register in line.registers.values():
             for write in register.writes:
-                if not write.durable and start <= write.end < NEVER:
+                if not write.durable and start <= write.end:
                     write.end = NEVER
+                    write.excused = True
 
     def in_sql(self, session: Session, start: int) -> None:
         """A request was told that SQL has what it saw when it began."""

@@ -183,8 +183,10 @@ def floor_after_changes(patch: Patch) -> None:
     """Markers are dropped after the changes, from whatever was seen."""
     real = Durable.update
 
-    def update(self: Durable, access: Access, record: Record) -> Record | None:
-        return real(self, access, drop_markers(record, 0))
+    def update(
+        self: Durable, access: Access, record: Record, **rest: Any
+    ) -> Record | None:
+        return real(self, access, drop_markers(record, 0), **rest)
 
     patch(Durable, "update", update)
 
@@ -220,19 +222,13 @@ def missing_row_is_gone(patch: Patch) -> None:
     patch(loading, "judge_row", judge_row)
 
 
-@_mutation("ring")
-def homes_not_compared(patch: Patch) -> None:
-    """Copies agree although they were written for other homes."""
-    patch(replication, "_vouches", lambda copy, names: not copy.unverified)
-
-
 # --- ending ----------------------------------------------------------------------
 
 
 @_mutation("memory")
 def no_tombstones_in_sql(patch: Patch) -> None:
     """A logout tells the homes only."""
-    patch(Durable, "bury", lambda *_: None)
+    patch(Durable, "bury", lambda *_, **__: None)
 
 
 @_mutation("node+sql")

@@ -31,6 +31,7 @@ from flask_resilient_session.replication import (
 from flask_resilient_session.ring import Ring, RingNode
 from flask_resilient_session.steps import TOO_MANY
 from flask_resilient_session.store import Store
+from flask_resilient_session.turns import Turns
 
 from .fakes import Database, FakeNode, FakeSql, Server
 from .history import NEVER, History, Line, Session, Violation
@@ -112,6 +113,7 @@ class Worker:
             clock=clock,
             random=world.rng,
             observer=observer,
+            turns=Turns(partial(Landing, world)),
         )
         self._timing = run.plan.timing
 
@@ -399,7 +401,7 @@ class Run:
             if what == "logout":
                 return self._end(worker, session, verdict)
             if what in ("regenerate", "login", "refill"):
-                return self._move(worker, session, verdict, what, access)
+                return self._move(worker, session, verdict, what, access, start)
             return self._save(worker, session, verdict, what, access, start)
         finally:
             session.touched_ms = max(session.touched_ms, world.wall_ms)
@@ -470,10 +472,16 @@ class Run:
         return self._count("ended", session.name)
 
     def _move(
-        self, worker: Worker, session: Session, live: Live, what: str, access: Access
+        self,
+        worker: Worker,
+        session: Session,
+        live: Live,
+        what: str,
+        access: Access,
+        start: int,
     ) -> str | Session:
         world, history = self.world, self.history
-        start, start_ms = world.step, world.wall_ms
+        start_ms = world.wall_ms
         key = self._new_key()
         refill = what == "refill"
         line = Line() if refill else session.line

@@ -1,0 +1,296 @@
+"""What SQL has to bear while a node is down, and that it is never more."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import sqlalchemy as sa
+
+from lab import FIRST, NAMES, PATIENCE, SECOND, Answer, Lab, N, User, Worker, new_lab
+from servers import Memcached, wait_until
+
+BY_PRIMARY_KEY: Final = "WHERE resilient_sessions.session_key = ?"
+
+#: Sessions on the ring: a number at which every pair of homes has many.
+SESSIONS: Final = 300
+
+#: Users of one session who all come at once.
+HERD: Final = 16
+
+#: For tests that fill the places for SQL.
+FEW_PLACES: Final = {
+    "RESILIENT_SESSION_SQL_CONCURRENCY": 2,
+    "RESILIENT_SESSION_SQL_TIMEOUT": 0.5,
+}
+
+
+class Statements:
+    """The SQL statements of one worker, by session.
+
+    :ivar hold: while this is set, statements for these sessions wait.
+    """
+
+    def __init__(self, worker: Worker) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        self.by_key_only = True
+        self._lock = threading.Lock()
+        self._held: set[str] = set()
+        self.held = 0
+        self._go_on = threading.Event()
+        self._engine = worker.state.sql.engine
+        sa.event.listen(self._engine, "before_cursor_execute", self._note)
+
+    def take(self) -> Counter[tuple[str, str]]:
+        """Those since the last call: (verb, session key) -> how many."""
+        with self._lock:
+            counts, self.counts = self.counts, Counter()
+        return counts
+
+    @contextlib.contextmanager
+    def holding(self, *users: User) -> Iterator[None]:
+        """Statements for these users' sessions wait until this is left."""
+        self._go_on.clear()
+        self._held = {user.session_key for user in users}
+        try:
+            yield
+        finally:
+            self._held = set()
+            self.held = 0
+            self._go_on.set()
+
+    def _note(self, *event: Any) -> None:
+        statement, parameters = event[2], event[3]
+        verb = statement.split()[0]
+        keys = [text for text in parameters if _is_key(text)]
+        if not keys:
+            return
+        with self._lock:
+            self.counts[verb, keys[0]] += 1
+            if verb == "SELECT" and BY_PRIMARY_KEY not in statement:
+                self.by_key_only = False
+            waits = keys[0] in self._held
+            self.held += waits
+        if waits:
+            assert self._go_on.wait(PATIENCE)
+
+
+def _is_key(parameter: object) -> bool:
+    return isinstance(parameter, str) and len(parameter) == 64
+
+
+def everybody(
+    lab: Lab, users: Sequence[User], does: Callable[[User], Answer]
+) -> list[Answer]:
+    """Everybody does something, eight at a time."""
+    futures = [lab.start(lambda user=user: does(user)) for user in users]
+    answers = [future.result(PATIENCE) for future in futures]
+    assert {answer.status for answer in answers} == {200}
+    return answers
+
+
+def one_by_one(users: Sequence[User], does: Callable[[User], Answer]) -> None:
+    """Everybody does something, each when the last is done.
+
+    Among concurrent writers one may find no connection that is older than what it
+    read; it reads again then, and SQL is asked once more.
+    """
+    assert {does(user).status for user in users} == {200}
+
+
+def reads(user: User) -> Answer:
+    """One request that changes nothing."""
+    return user.does(dict)
+
+
+def writes(user: User) -> Answer:
+    """One request that changes something."""
+    return user.counts()
+
+
+def homes(lab: Lab, user: User) -> set[str]:
+    """The names of the session's homes."""
+    return {lab.name(user, FIRST), lab.name(user, SECOND)}
+
+
+@pytest.fixture
+def lab(three_nodes: list[Memcached], tmp_path: Path) -> Iterator[Lab]:
+    """Three nodes, a file, and one worker."""
+    with new_lab(three_nodes, tmp_path) as lab:
+        yield lab
+
+
+def test_only_the_sessions_of_a_dead_node_cost_sql(lab: Lab) -> None:
+    """One SELECT by primary key for each of their requests, one write if it changes."""
+    users = [lab.member(number=number) for number in range(SESSIONS)]
+    everybody(lab, users, reads)
+    down = NAMES[0]
+    lab.servers[down].kill()
+    hit = [user.session_key for user in users if down in homes(lab, user)]
+    assert SESSIONS // 3 < len(hit) < SESSIONS
+    statements = Statements(lab.worker)
+
+    everybody(lab, users, reads)
+    assert statements.take() == {("SELECT", key): 1 for key in hit}
+
+    one_by_one(users, writes)
+    assert statements.take() == {
+        (verb, key): 1 for key in hit for verb in ("SELECT", "UPDATE")
+    }
+
+    answers = everybody(lab, users, reads)
+    assert statements.take() == {("SELECT", key): 1 for key in hit}
+    assert statements.by_key_only
+    for number, answer in enumerate(answers):
+        assert answer.data == {"_user_id": "7", "number": number, "count": 1}
+
+    lab.servers[down].start()
+    lab.settle()
+    everybody(lab, users, reads)
+    statements.take()
+    everybody(lab, users, reads)
+    assert statements.take() == {}
+
+
+def test_trust_asks_once_per_session_and_process(
+    three_nodes: list[Memcached], tmp_path: Path
+) -> None:
+    """With RESILIENT_SESSION_OUTAGE_TRUST a process asks once in that time."""
+    with new_lab(three_nodes, tmp_path, RESILIENT_SESSION_OUTAGE_TRUST=10) as lab:
+        other = lab.new_worker()
+        users = [lab.member() for _ in range(60)]
+        down = NAMES[1]
+        lab.servers[down].kill()
+        hit = [user.session_key for user in users if down in homes(lab, user)]
+        statements = Statements(lab.worker), Statements(other)
+        for _ in range(3):
+            everybody(lab, users, reads)
+            everybody(lab, [user.at(other) for user in users], reads)
+        for one in statements:
+            assert one.take() == {("SELECT", key): 1 for key in hit}
+
+        one_by_one(users, writes)
+        everybody(lab, users, reads)
+        assert statements[0].take() == {("UPDATE", key): 1 for key in hit}
+
+        # What the other process vouched for is not what stands there now.
+        answers = everybody(lab, [user.at(other) for user in users], reads)
+        assert {answer.data["count"] for answer in answers} == {1}
+        assert statements[1].take() == {("SELECT", key): 1 for key in hit}
+
+
+def test_a_herd_asks_once_more_than_the_first(
+    three_nodes: list[Memcached], tmp_path: Path
+) -> None:
+    """Both copies of a popular session are lost: SQL is asked twice in each process.
+
+    Those who come while the first is asking may not share its answer, which may be
+    older than what they have seen; they all share the next.
+    """
+    with new_lab(three_nodes, tmp_path) as lab:
+        user = lab.member(colour="red")
+        for role in (FIRST, SECOND):
+            lab.evict(user, role)
+        statements = Statements(lab.worker)
+        durable = lab.worker.state.store.durable
+        asking = Counter[str]()
+        share = durable._flights.share
+
+        def counted(question: str, *arguments: Any, **options: Any) -> Any:
+            asking[question] += 1
+            return share(question, *arguments, **options)
+
+        durable._flights.share = counted
+        answers: list[Answer] = []
+        threads = [
+            threading.Thread(target=lambda: answers.append(reads(user.twin())))
+            for _ in range(HERD)
+        ]
+        with statements.holding(user):
+            for thread in threads:
+                thread.start()
+            wait_until(
+                lambda: asking[user.session_key] == HERD, PATIENCE, "the whole herd"
+            )
+            # The first waits in SQL, and all the others for it.
+            assert statements.held == 1
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert [a.data for a in answers] == [{"_user_id": "7", "colour": "red"}] * HERD
+        counts = statements.take()
+        assert counts["SELECT", user.session_key] == 2
+        assert counts.total() == 2
+        assert lab.copies(user) == [{"_user_id": "7", "colour": "red"}] * 2
+        reads(user)
+        assert statements.take() == {}
+
+
+@contextlib.contextmanager
+def places_taken(lab: Lab, statements: Statements) -> Iterator[None]:
+    """Two requests ask SQL for as long as this lasts: all the places there are."""
+    users = [lab.member() for _ in range(2)]
+    for user in users:
+        lab.evict(user, FIRST)
+    with statements.holding(*users):
+        waiting = [lab.start(lambda user=user: reads(user)) for user in users]
+        wait_until(lambda: statements.held == 2, PATIENCE, "all places to be taken")
+        yield
+    assert {future.result(PATIENCE).status for future in waiting} == {200}
+
+
+@pytest.mark.parametrize("lost", [[FIRST, SECOND], [FIRST]], ids=["both", "one"])
+def test_past_the_bound_a_request_waits_and_is_refused(
+    lost: list[str], three_nodes: list[Memcached], tmp_path: Path
+) -> None:
+    """It waits for a place as long as for a lock, and is then asked to come again."""
+    with new_lab(three_nodes, tmp_path, **FEW_PLACES) as lab:
+        user = lab.member(colour="red")
+        statements = Statements(lab.worker)
+        with places_taken(lab, statements):
+            for role in lost:
+                lab.evict(user, role)
+            answer = reads(user)
+            assert answer.status == 503
+            assert answer.retry_after is not None
+            assert answer.set_cookie is None
+            # Less than the budget of the request, which is eight seconds.
+            assert 0.4 < answer.seconds < 4
+            assert statements.take()["SELECT", user.session_key] == 0
+        assert user.sees() == {"_user_id": "7", "colour": "red"}
+
+
+def test_past_the_bound_a_due_sync_is_put_off(
+    three_nodes: list[Memcached], tmp_path: Path
+) -> None:
+    """A session that its homes agree on is served at once, and synced later."""
+    with new_lab(three_nodes, tmp_path, **FEW_PLACES) as lab:
+        user = lab.member(colour="red")
+        user.changes(colour="blue")
+        statements = Statements(lab.worker)
+        with places_taken(lab, statements):
+            lab.pass_time(N + 1)
+            put_off = lab.worker.stats["syncs_put_off"]
+            answer = user.changes(colour="green")
+            assert answer.status == 200
+            assert answer.seconds < 0.4
+            assert lab.worker.stats["syncs_put_off"] == put_off + 1
+            assert lab.row(user)["colour"] == "red"
+        reads(user)
+        assert lab.row(user)["colour"] == "green"
+
+
+def test_a_session_of_its_own_is_not_held_up_by_the_bound(
+    three_nodes: list[Memcached], tmp_path: Path
+) -> None:
+    """With all places taken, who needs no SQL notices nothing."""
+    with new_lab(three_nodes, tmp_path, **FEW_PLACES) as lab:
+        user = lab.member()
+        with places_taken(lab, Statements(lab.worker)):
+            before = lab.worker.stats["loaded_from_memory"]
+            assert user.counts().status == 200
+            assert lab.worker.stats["loaded_from_memory"] == before + 1
