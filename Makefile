@@ -4,6 +4,9 @@
 PYTHON ?= python3
 # For pytest: make test ARGS="-x -k ring"
 ARGS ?=
+# Seconds of make soak, and schedules in each class of the simulator.
+SOAK ?= 120
+SCHEDULES ?= 2000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,10 +15,11 @@ STAMP := $(VENV)/installed.stamp
 TYPED := flask_resilient_session $(wildcard example_app)
 
 .DEFAULT_GOAL := help
-.PHONY: help test lint format demo clean memcached postgresql mariadb
+.PHONY: help test soak lint format demo clean memcached postgresql mariadb
 
 help:
 	@echo "make test    lint, then the whole test suite (ARGS=\"-x -k ring\" goes to pytest)"
+	@echo "make soak    real servers under faults, and the simulator, for minutes (SOAK=120)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  put the code into ruff's format"
 	@echo "make demo    three memcached nodes and the example app; Ctrl-C ends it"
@@ -23,6 +27,10 @@ help:
 
 test: lint memcached postgresql mariadb
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(STAMP) memcached
+	cd tests && ../$(BIN)/python -m soak --seconds $(SOAK)
+	$(BIN)/python -m tests.simulator --schedules $(SCHEDULES)
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -180,7 +180,7 @@ def _explain(url: str, nodes: Iterable[Memcached]) -> None:
         f"    {order} status",
         f"    {order} kill 1      # like a power cut",
         f"    {order} start 1     # empty, on the same port",
-        f"    {order} freeze 2    # it hangs: accepts connections, answers nothing",
+        f"    {order} freeze 2    # it hangs: takes connections, answers nothing",
         f"    {order} thaw 2      # it goes on, with what it held before",
         f"    {python.with_name('flask')} --app example_app.demo reap-sessions",
         "",

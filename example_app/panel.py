@@ -11,10 +11,10 @@ from typing import Final, Literal
 
 from flask import Flask, current_app
 
-from flask_resilient_session import Session
+from flask_resilient_session import Session, SessionTrace
 from flask_resilient_session.events import COUNTERS
 from flask_resilient_session.extension import AppState
-from flask_resilient_session.trace import CopyState, SessionTrace
+from flask_resilient_session.trace import CopyState
 
 from .history import Event, history_of
 
@@ -52,6 +52,7 @@ class Panel:
     """All that the page shows.
 
     :ivar digest: what names the session in logs; its id is in the cookie alone.
+    :ivar kept: what SQL has of it.
     :ivar counters: name, count and meaning.
     :ivar demo: the page runs under ``make demo``, whose commands it may name.
     """
@@ -60,6 +61,7 @@ class Panel:
     origin: Origin
     title: str
     text: str
+    kept: str
     nodes: Sequence[NodeView]
     counters: Sequence[tuple[str, int, str]]
     events: Sequence[Event]
@@ -79,6 +81,7 @@ def look_inside(session: Session) -> Panel:
         origin=origin,
         title=_TITLES[origin],
         text=_text(origin, trace),
+        kept=_kept(trace, state.clock.now_ms()),
         nodes=_nodes(state, trace, state.interface.copies(session)),
         counters=[(name, stats[name], COUNTERS[name]) for name in stats],
         events=history_of(app).latest(),
@@ -135,6 +138,17 @@ def _text(origin: Origin, trace: SessionTrace) -> str:
     if trace.repairs:
         said.append(f"This page rewrites the copy on {_names(trace.repairs)}.")
     return " ".join(said)
+
+
+def _kept(trace: SessionTrace, now_ms: int) -> str:
+    if trace.digest is None:
+        return ""
+    if not trace.synced_ms:
+        return "SQL has not heard of it yet: its row comes with your second page."
+    seconds = max(0, (now_ms - trace.synced_ms) // 1000)
+    changes = "1 change" if trace.writes == 1 else f"{trace.writes} changes"
+    since = f"{changes} since" if trace.writes else "nothing changed since"
+    return f"SQL was told {seconds} s ago; {since}."
 
 
 def _names(names: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .config import Timing
-from .record import Keyring
+from .envelope import Keyring
 
 
 @dataclass(frozen=True, slots=True)

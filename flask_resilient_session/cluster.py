@@ -12,21 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from .clock import Clock
+from .envelope import ENVELOPE_ALLOWANCE, CorruptBytes, Keyring, UnknownFormat
 from .events import Observer, logger, node_down, node_up
 from .health import Breaker
 from .node import NodeFault
-from .record import (
-    ENVELOPE_ALLOWANCE,
-    Corrupt,
-    CorruptBytes,
-    Hit,
-    Keyring,
-    Miss,
-    Reply,
-    Token,
-    UnknownFormat,
-    Unreachable,
-)
+from .record import Corrupt, Hit, Miss, Reply, Token, Unreachable
 from .wire import Absent, Ack, Add, Cas, Delete, Get, Parsed, Request, Set
 
 #: A node is only blamed for a timeout when it had at least this part of its time;

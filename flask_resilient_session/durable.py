@@ -17,18 +17,12 @@ from typing import Final, Protocol, TypeVar
 from .access import Access
 from .clock import Clock
 from .codec import decode_value
+from .envelope import CorruptBytes, Keyring, UnknownFormat
 from .errors import SqlUnavailable
 from .events import Observer, logger, short
 from .flights import Flights
 from .health import Breaker
-from .record import (
-    CorruptBytes,
-    EndReason,
-    Keyring,
-    Record,
-    Tombstone,
-    UnknownFormat,
-)
+from .record import EndReason, Record, Tombstone
 from .replication import (
     RowAnswer,
     RowCorrupt,

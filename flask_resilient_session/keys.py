@@ -13,8 +13,8 @@ from flask import Flask
 from .access import Access
 from .config import Settings
 from .cookie import CookieSigner
+from .envelope import Keyring
 from .errors import SetupError
-from .record import Keyring
 
 #: Keys change by rotation and not by request: more sets than this are left-overs.
 _REMEMBERED: Final = 8

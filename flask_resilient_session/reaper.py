@@ -19,9 +19,10 @@ from .clock import Clock
 from .codec import decode
 from .config import Timing
 from .durable import Durable
+from .envelope import Keyring
 from .errors import SqlUnavailable
 from .events import Observer, logger, session_expired, short
-from .record import Hit, Keyring, Record, Reply, Unreachable
+from .record import Hit, Record, Reply, Unreachable
 from .replication import (
     Keep,
     Reap,

@@ -16,9 +16,9 @@ from .access import Access
 from .clock import Clock
 from .config import Timing
 from .durable import user_id_column
+from .envelope import Keyring
 from .errors import SessionUnavailable, SqlUnavailable
 from .events import logger, short
-from .record import Keyring
 from .sql import Row
 from .store import Store
 

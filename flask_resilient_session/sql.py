@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.dialects import postgresql, sqlite
 
 from .connections import (
     MYSQL,
@@ -31,92 +30,13 @@ from .connections import (
 )
 from .deadline import TimeLimit, TooLate, time_limit
 from .errors import SqlUnavailable
-
-#: Longest names of homes stored with a row: two names of 100 characters and a comma.
-_HOMES_LENGTH: Final = 255
-
-#: Longest user id that is indexed as it is. MySQL indexes at most 767 bytes of a
-#: column in its older formats, at 4 bytes a character.
-USER_ID_LENGTH: Final = 191
+from .rows import UPDATED, USER_ID_LENGTH, Row, columns_of, define_table, row_of
+from .sql_errors import MIGRATE, explain, is_duplicate, was_undone
 
 #: How often a statement is sent again that the database undid for the sake of another.
 _MOST_DEADLOCKS: Final = 5
 
-#: What PostgreSQL, and MariaDB, call that: a deadlock, or no serial order.
-_UNDONE_STATES: Final = frozenset({"40P01", "40001"})
-_UNDONE_NUMBERS: Final = frozenset({1213, 1020})
-
-#: MariaDB's numbers for a row that stands already and for a missing table.
-_DUPLICATE: Final = 1062
-
 _Result = TypeVar("_Result")
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row; times are Unix milliseconds.
-
-    :ivar record: sealed bytes; None in a tombstone.
-    :ivar homes: names of the nodes that held the session at the last sync.
-    :ivar revoked_at: None while the session is live.
-    :ivar reason: of a tombstone: ``ended`` or ``moved``.
-    """
-
-    session_key: str
-    version: int
-    record: bytes | None
-    user_id: str | None
-    homes: tuple[str, ...]
-    created_at: int
-    synced_at: int
-    expires_at: int
-    revoked_at: int | None = None
-    reason: str | None = None
-
-
-def define_table(metadata: sa.MetaData, name: str, schema: str | None) -> sa.Table:
-    """The table in a metadata; the one that is there already if it has one.
-
-    :param name: ``RESILIENT_SESSION_TABLE``.
-    """
-    schema = schema or metadata.schema
-    known = metadata.tables.get(f"{schema}.{name}" if schema else name)
-    if known is not None:
-        return known
-    digest = sa.CHAR(64).with_variant(
-        mysql.CHAR(64, charset="ascii", collation="ascii_bin"), "mysql", "mariadb"
-    )
-    # Compared byte by byte: MySQL's default collation takes Bob and bob for one.
-    user_id = sa.String(USER_ID_LENGTH).with_variant(
-        mysql.VARCHAR(USER_ID_LENGTH, charset="utf8mb4", collation="utf8mb4_bin"),
-        "mysql",
-        "mariadb",
-    )
-    # LargeBinary alone is a BLOB of 64 KB on MySQL.
-    blob = sa.LargeBinary().with_variant(mysql.MEDIUMBLOB(), "mysql", "mariadb")
-    # Names in any script, whatever the database was set up for.
-    homes = sa.String(_HOMES_LENGTH).with_variant(
-        mysql.VARCHAR(_HOMES_LENGTH, charset="utf8mb4"), "mysql", "mariadb"
-    )
-    time = sa.BigInteger
-    return sa.Table(
-        name,
-        metadata,
-        sa.Column("session_key", digest, primary_key=True),
-        sa.Column("version", sa.BigInteger, nullable=False),
-        sa.Column("record", blob, nullable=True),
-        sa.Column("user_id", user_id, nullable=True),
-        sa.Column("homes", homes, nullable=False),
-        sa.Column("created_at", time, nullable=False),
-        sa.Column("synced_at", time, nullable=False),
-        sa.Column("expires_at", time, nullable=False),
-        sa.Column("revoked_at", time, nullable=True),
-        sa.Column("reason", sa.String(8), nullable=True),
-        sa.Index(f"ix_{name}_user_id", "user_id"),
-        sa.Index(f"ix_{name}_synced_at", "synced_at"),
-        sa.Index(f"ix_{name}_expires_at", "expires_at", "session_key"),
-        schema=schema,
-    )
 
 
 class SqlTable:
@@ -167,7 +87,7 @@ class SqlTable:
             .values(
                 {
                     name: sa.bindparam(f"new_{name}", type_=columns[name].type)
-                    for name in _UPDATED
+                    for name in UPDATED
                 }
             )
         )
@@ -350,7 +270,7 @@ class SqlTable:
 
     def _find(self, connection: sa.Connection, session_key: str) -> Row | None:
         found = connection.execute(self._read, {"key": session_key}).first()
-        return None if found is None else _row(found)
+        return None if found is None else row_of(found)
 
     def _insert(self, connection: sa.Connection, row: Row) -> bool:
         dialect = connection.dialect.name
@@ -358,9 +278,9 @@ class SqlTable:
             # INSERT IGNORE would let other errors pass too, and with ON DUPLICATE KEY
             # the number of rows is the same whether one stood there or not.
             try:
-                connection.execute(sa.insert(self.table), _columns(row))
+                connection.execute(sa.insert(self.table), columns_of(row))
             except sa.exc.IntegrityError as error:
-                if _number(error) == _DUPLICATE:
+                if is_duplicate(error):
                     return False
                 raise
             return True
@@ -368,18 +288,18 @@ class SqlTable:
         # Some drivers forget the number of rows when their cursor is closed.
         statement = make(self.table).on_conflict_do_nothing()
         kept = {"preserve_rowcount": True}
-        done = connection.execute(statement, _columns(row), execution_options=kept)
+        done = connection.execute(statement, columns_of(row), execution_options=kept)
         return done.rowcount == 1
 
     def _replace(self, connection: sa.Connection, row: Row, seen: int) -> bool:
-        values = {f"new_{name}": v for name, v in _columns(row).items()}
+        values = {f"new_{name}": v for name, v in columns_of(row).items()}
         del values["new_session_key"], values["new_created_at"]
         values |= {"key": row.session_key, "seen": seen}
         return connection.execute(self._update, values).rowcount == 1
 
     def _bury(self, connection: sa.Connection, tombstone: Row) -> bool:
         columns = self.table.c
-        values = _columns(tombstone)
+        values = columns_of(tombstone)
         del values["session_key"], values["created_at"]
         statement = (
             sa.update(self.table)
@@ -393,7 +313,7 @@ class SqlTable:
 
     def _page(self, query: Any, deadline: float) -> list[Row]:
         return self._patiently(
-            lambda connection: [_row(found) for found in connection.execute(query)],
+            lambda connection: [row_of(found) for found in connection.execute(query)],
             deadline,
         )
 
@@ -484,7 +404,7 @@ class SqlTable:
                 except sa.exc.SQLAlchemyError as error:
                     broken = getattr(error, "connection_invalidated", False)
                     failed += broken
-                    undone = _was_undone(error)
+                    undone = was_undone(error)
                     deadlocks += undone
                     if (
                         (not broken or failed > 1)
@@ -517,8 +437,8 @@ class SqlTable:
         if here.engine is None or here.engine.dialect.name in SQLITE:
             # The file may be another one the next time.
             here.table_is_there = False
-        text = _explain(error)
-        if _MIGRATE in text:
+        text = explain(error)
+        if MIGRATE in text:
             here.table_is_there = False
         return _LATE if limit.hung_up else text
 
@@ -634,80 +554,7 @@ class _Process:
 
 _NOTHING: Final = contextlib.nullcontext()
 
-#: Columns that an update writes: all but the key and the time of creation.
-_UPDATED: Final[Sequence[str]] = (
-    "version",
-    "record",
-    "user_id",
-    "homes",
-    "synced_at",
-    "expires_at",
-    "revoked_at",
-    "reason",
-)
-
-
-def _columns(row: Row) -> dict[str, Any]:
-    return {
-        "session_key": row.session_key,
-        "version": row.version,
-        "record": row.record,
-        "user_id": row.user_id,
-        "homes": ",".join(row.homes),
-        "created_at": row.created_at,
-        "synced_at": row.synced_at,
-        "expires_at": row.expires_at,
-        "revoked_at": row.revoked_at,
-        "reason": row.reason,
-    }
-
-
-def _row(found: Any) -> Row:
-    values = dict(found._mapping)
-    values["homes"] = tuple(name for name in values["homes"].split(",") if name)
-    if values["record"] is not None:
-        values["record"] = bytes(values["record"])
-    return Row(**values)
-
-
 _LATE: Final = "SQL did not answer in time"
-
-_MIGRATE: Final = "run your migrations, or set RESILIENT_SESSION_CREATE_TABLE"
-
-#: Where databases quote a value that they do not like.
-_QUOTED: Final = re.compile(r"(entry|value|value:|type [\w ]+:) ('.*'|\".*\")")
-
-
-def _explain(error: sa.exc.SQLAlchemyError) -> str:
-    """What happened, without statements or parameters, and what to do."""
-    cause = getattr(error, "orig", None) or error
-    # PyMySQL puts a number before its words. PostgreSQL's second line quotes the row.
-    words = cause.args[1] if len(cause.args) == 2 else cause
-    lines = str(words).splitlines() or [""]
-    shown = _QUOTED.sub(r"\1 (not shown)", lines[0])
-    text = f"{type(cause).__name__}: {shown}"
-    if "locked" in text:
-        text += (
-            " (another writer holds the SQLite file; commit before the view returns,"
-            " or give sessions a file of their own with RESILIENT_SESSION_BIND_KEY)"
-        )
-    elif "no such table" in text or "does not exist" in text or "doesn't exist" in text:
-        text += f" ({_MIGRATE})"
-    return text
-
-
-def _number(error: sa.exc.SQLAlchemyError) -> int | None:
-    """MariaDB's number of an error."""
-    arguments = getattr(getattr(error, "orig", None), "args", ())
-    return arguments[0] if arguments and isinstance(arguments[0], int) else None
-
-
-def _was_undone(error: sa.exc.SQLAlchemyError) -> bool:
-    """Whether the database undid it for the sake of a concurrent one."""
-    cause = getattr(error, "orig", None)
-    state = getattr(cause, "sqlstate", None) or getattr(cause, "pgcode", None)
-    return state in _UNDONE_STATES or _number(error) in _UNDONE_NUMBERS
-
 
 __all__ = [
     "USER_ID_LENGTH",

@@ -20,12 +20,13 @@ from flask_resilient_session.cluster import Cluster, NodeLike
 from flask_resilient_session.codec import decode, encode_value
 from flask_resilient_session.config import Timing
 from flask_resilient_session.durable import Durable
+from flask_resilient_session.envelope import Keyring
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.events import Observer
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.node import Node
-from flask_resilient_session.record import Entry, Keyring, Record, Tombstone
+from flask_resilient_session.record import Entry, Record, Tombstone
 from flask_resilient_session.replication import Gone, Live
 from flask_resilient_session.ring import Ring, RingNode
 from flask_resilient_session.sql import Row, SqlTable, define_table, plain_engine

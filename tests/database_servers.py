@@ -351,6 +351,8 @@ class PostgreSQL(DatabaseServer):
             "full_page_writes": "off",
             "shared_buffers": "32MB",
             "max_connections": 60,
+            # Deadlocks are looked for sooner than after a second.
+            "deadlock_timeout": "100ms",
             "max_worker_processes": 0,
             "autovacuum": "off",
         }

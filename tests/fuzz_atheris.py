@@ -23,13 +23,13 @@ from uuid import UUID
 import atheris
 
 with atheris.instrument_imports(include=["flask_resilient_session", "msgpack"]):
-    from flask_resilient_session import codec, record, wire
+    from flask_resilient_session import codec, envelope, record, wire
 
 #: Seconds that no input may take; libFuzzer's own limit is in whole seconds.
 SLOW = 2.0
 KEY = "0" * 64
-KEYRING = record.Keyring(["a secret", "an older one"], "fuzz")
-ENCRYPTING = record.Keyring(["a secret"], "fuzz", encrypt=True)
+KEYRING = envelope.Keyring(["a secret", "an older one"], "fuzz")
+ENCRYPTING = envelope.Keyring(["a secret"], "fuzz", encrypt=True)
 #: A value is made of these types and no others.
 TYPES = (
     *(type(None), bool, int, float, str, bytes, list, tuple, dict, set, frozenset),
@@ -126,7 +126,7 @@ def seeds() -> list[bytes]:
         [UUID(int=1), Decimal("1.5"), timedelta(1), codec.Markup("<b>"), 2**70],
     ]
     whole = [codec.encode_value("key", value) for value in values]
-    bodies = [record._pack(STATE), record._pack(record.Tombstone("ended", 1))]
+    bodies = [envelope._pack(STATE), envelope._pack(record.Tombstone("ended", 1))]
     replies = [b"VALUE k 0 1 5\r\nx\r\nEND\r\n", b"END\r\n", b"STORED\r\n"]
     return [*whole, *bodies, *GENUINE, *replies]
 

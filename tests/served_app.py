@@ -113,8 +113,9 @@ def create_app() -> Flask:
 
     @app.get("/about")
     def about() -> Any:
-        """What this process knows; with a cookie it uses that session's nodes."""
-        session.get("_user_id")
+        """What this process knows; with a cookie it asks every node first."""
+        if session.get("_user_id") is not None:
+            app.session_interface.copies(session)  # type: ignore[attr-defined]
         return jsonify(
             process=os.getpid(),
             preloaded=opened,

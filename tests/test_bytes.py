@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from flask import session
 
 from apps import Site, Sites, TimeMachine, item_of, key_of
-from flask_resilient_session.record import AES_GCM, FORMAT, MAGIC
+from flask_resilient_session.envelope import AES_GCM, FORMAT, MAGIC
 from servers import Memcached
 
 #: python-memcached's flags: what it unpickles, takes for a number, inflates.

@@ -26,13 +26,12 @@ from builders import (
     usual_breaker,
 )
 from flask_resilient_session.cluster import Cluster
+from flask_resilient_session.envelope import CorruptBytes, Keyring
 from flask_resilient_session.events import Observer
 from flask_resilient_session.node import Node
 from flask_resilient_session.record import (
     Corrupt,
-    CorruptBytes,
     Hit,
-    Keyring,
     Miss,
     Reply,
     Tombstone,

@@ -29,12 +29,7 @@ from flask_resilient_session.cluster import Cluster
 from flask_resilient_session.events import node_down, node_up
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.node import Node
-from flask_resilient_session.record import (
-    Hit,
-    Miss,
-    Reply,
-    Unreachable,
-)
+from flask_resilient_session.record import Hit, Miss, Reply, Unreachable
 from flask_resilient_session.wire import Ack, Request
 from misbehaving import FakeServer, answering, black_hole, hang
 from servers import Memcached

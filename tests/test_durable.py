@@ -35,10 +35,11 @@ from builders import (
 )
 from flask_resilient_session.access import Access
 from flask_resilient_session.durable import Durable, user_id_column
+from flask_resilient_session.envelope import Keyring
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.events import Observer
 from flask_resilient_session.health import Breaker
-from flask_resilient_session.record import Entry, Keyring, Tombstone
+from flask_resilient_session.record import Entry, Tombstone
 from flask_resilient_session.replication import (
     RowCorrupt,
     RowDead,

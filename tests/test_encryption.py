@@ -11,8 +11,9 @@ import pytest
 from flask import Flask, session
 
 from apps import Site, Sites, item_of, key_of, make_app
-from flask_resilient_session import ConfigurationError, ResilientSession, record
-from flask_resilient_session.record import AES_GCM, PLAIN, Keyring, Record, Tombstone
+from flask_resilient_session import ConfigurationError, ResilientSession, envelope
+from flask_resilient_session.envelope import AES_GCM, PLAIN, Keyring
+from flask_resilient_session.record import Record, Tombstone
 from servers import Memcached
 
 SECRET = "the plain text of a secret"
@@ -38,12 +39,12 @@ def site(sites: Sites) -> Site:
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine without the library ``cryptography``."""
-    record._aes_gcm.cache_clear()
+    envelope._aes_gcm.cache_clear()
     for name in [n for n in sys.modules if n.split(".")[0] == "cryptography"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cryptography", None)
     yield
-    record._aes_gcm.cache_clear()
+    envelope._aes_gcm.cache_clear()
 
 
 def stored(site: Site) -> list[bytes]:
@@ -91,7 +92,7 @@ def test_equal_sessions_do_not_look_equal() -> None:
     first, second = (keyring.seal("0" * 64, state) for _ in range(2))
     assert first != second
     assert keyring.unseal("0" * 64, first) == keyring.unseal("0" * 64, second) == state
-    assert keyring.unseal("1" * 64, first) == record.CorruptBytes()
+    assert keyring.unseal("1" * 64, first) == envelope.CorruptBytes()
 
 
 def test_every_bit_of_an_encrypted_record_counts() -> None:
@@ -102,9 +103,11 @@ def test_every_bit_of_an_encrypted_record_counts() -> None:
         changed = bytearray(data)
         changed[position] ^= 1
         opened = keyring.unseal("0" * 64, bytes(changed))
-        assert isinstance(opened, (record.CorruptBytes, record.UnknownFormat))
+        assert isinstance(opened, (envelope.CorruptBytes, envelope.UnknownFormat))
     for length in range(len(data)):
-        assert isinstance(keyring.unseal("0" * 64, data[:length]), record.CorruptBytes)
+        assert isinstance(
+            keyring.unseal("0" * 64, data[:length]), envelope.CorruptBytes
+        )
 
 
 @pytest.mark.parametrize("body", [b"", b"short", b"x" * 12, b"x" * 100])
@@ -113,7 +116,7 @@ def test_a_sealed_body_that_does_not_decrypt_is_corrupt(body: bytes) -> None:
     keyring = Keyring(["a secret"], "test", encrypt=True)
     header = keyring._header
     data = header + keyring._mac(header, "0" * 64, body) + body
-    assert keyring.unseal("0" * 64, data) == record.CorruptBytes()
+    assert keyring.unseal("0" * 64, data) == envelope.CorruptBytes()
 
 
 def test_plain_records_are_read_and_sealed_encrypted(sites: Sites) -> None:

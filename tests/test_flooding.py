@@ -229,7 +229,7 @@ def test_a_request_takes_no_longer_than_its_budget(sites: Sites) -> None:
     """Both homes hung and nothing but SQL left: bounded, whatever the timeouts."""
     site = sites(
         RESILIENT_SESSION_NODE_TIMEOUT=0.3,
-        RESILIENT_SESSION_REQUEST_BUDGET=0.8,
+        RESILIENT_SESSION_REQUEST_BUDGET=1.6,
         RESILIENT_SESSION_SQL_TIMEOUT=0.3,
     )
     site.set(_user_id="alice")
@@ -240,10 +240,9 @@ def test_a_request_takes_no_longer_than_its_budget(sites: Sites) -> None:
     for _ in range(5):
         started = time.monotonic()
         codes.append(site.visit(lambda: session.update(b=1)).status_code)
-        assert time.monotonic() - started < 0.8 + 0.4
-    # 503 at most until this process knows that they hang.
-    assert set(codes) <= {200, 503}
-    assert codes[-1] == 200
+        assert time.monotonic() - started < 1.6 + 0.4
+    # Hung homes are waited for together, so that time is left for SQL.
+    assert codes == [200] * 5
 
 
 def test_the_idle_lifetime_is_in_the_record(site: Site, clock: TimeMachine) -> None:

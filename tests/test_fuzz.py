@@ -17,19 +17,17 @@ from markupsafe import Markup
 
 from flask_resilient_session.codec import decode_value, encode_value
 from flask_resilient_session.cookie import CookieSigner
-from flask_resilient_session.record import (
+from flask_resilient_session.envelope import (
     AES_GCM,
     FORMAT,
     MAGIC,
     PLAIN,
     CorruptBytes,
-    Entry,
     Keyring,
-    Record,
-    Tombstone,
     UnknownFormat,
     _pack,
 )
+from flask_resilient_session.record import Entry, Record, Tombstone
 from flask_resilient_session.wire import (
     Ack,
     Add,

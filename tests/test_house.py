@@ -25,6 +25,7 @@ LEVELS = {
     "health": 0,
     # values, bytes and text
     "record": 1,
+    "envelope": 2,
     "codec": 1,
     "wire": 1,
     "addresses": 1,
@@ -34,6 +35,8 @@ LEVELS = {
     "replication": 3,
     # one server each
     "node": 2,
+    "rows": 1,
+    "sql_errors": 1,
     "deadline": 1,
     "connections": 2,
     "sql": 3,
@@ -71,7 +74,7 @@ LEVELS = {
 #: Rooms that get everything as arguments: their functions only compute.
 PURE = {
     *("ring", "health", "record", "codec", "config", "addresses", "wire"),
-    *("replication", "access"),
+    *("replication", "access", "envelope"),
 }
 IMPURE_MODULES = {
     *("socket", "select", "selectors", "ssl", "time", "random", "os", "io", "pathlib"),

@@ -9,17 +9,19 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builders import DAY, KEYRING, NAMESPACE, NOW, PAIR, record, session_key
-from flask_resilient_session.record import (
+from flask_resilient_session.envelope import (
     FORMAT,
     MAGIC,
+    CorruptBytes,
+    Keyring,
+    UnknownFormat,
+)
+from flask_resilient_session.record import (
     MARKER_LIMIT,
     Copy,
-    CorruptBytes,
     Entry,
-    Keyring,
     Record,
     Tombstone,
-    UnknownFormat,
     apply_changes,
     drop_markers,
     join,

@@ -20,12 +20,8 @@ from builders import (
     make_site,
     session_key,
 )
+from flask_resilient_session.envelope import CorruptBytes, Keyring, UnknownFormat
 from flask_resilient_session.errors import SessionUnavailable
-from flask_resilient_session.record import (
-    CorruptBytes,
-    Keyring,
-    UnknownFormat,
-)
 from flask_resilient_session.replication import Gone, Standing, Unknown
 from servers import Memcached, ServerError
 

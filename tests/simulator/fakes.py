@@ -363,7 +363,7 @@ class Database:
 
     :ivar down: it answers nobody.
     :ivar lossy: chance that a statement goes wrong in some way.
-    :ivar on_live: told of each live row that appears.
+    :ivar on_insert: told of each row that appears, and whether it is live.
     """
 
     def __init__(self, world: World) -> None:
@@ -373,7 +373,7 @@ class Database:
         self.held: dict[str, list[bytes]] = {}
         self.down = False
         self.lossy = 0.0
-        self.on_live: Callable[[str], None] = lambda key: None
+        self.on_insert: Callable[[str, bool], None] = lambda key, live: None
 
     def heal(self) -> None:
         """No fault from now on."""
@@ -392,8 +392,7 @@ class Database:
             return False
         self.rows[row.session_key] = row
         self._hold(row)
-        if row.revoked_at is None:
-            self.on_live(row.session_key)
+        self.on_insert(row.session_key, row.revoked_at is None)
         return True
 
     def replace(self, row: Row, seen_version: int) -> bool:

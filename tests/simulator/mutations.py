@@ -18,13 +18,7 @@ from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.loading import Loader
 from flask_resilient_session.reaper import Reaper
-from flask_resilient_session.record import (
-    Hit,
-    Miss,
-    Record,
-    Tombstone,
-    drop_markers,
-)
+from flask_resilient_session.record import Hit, Miss, Record, Tombstone, drop_markers
 from flask_resilient_session.replication import (
     Gone,
     InsertFirst,

@@ -14,13 +14,14 @@ from flask_resilient_session.access import Access
 from flask_resilient_session.cluster import Cluster
 from flask_resilient_session.codec import encode_value
 from flask_resilient_session.durable import Durable
+from flask_resilient_session.envelope import Keyring
 from flask_resilient_session.errors import SessionUnavailable
 from flask_resilient_session.events import Observer, logger
 from flask_resilient_session.flights import Flights
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.reaper import Reaper, ReapOptions
-from flask_resilient_session.record import Hit, Keyring, Record, same_state
+from flask_resilient_session.record import Hit, Record, same_state
 from flask_resilient_session.replication import (
     MOVE_AT_WORK_MS,
     Gone,
@@ -144,7 +145,9 @@ class Run:
         self.database = Database(self.world)
         skew = max(plan.skews) - min(plan.skews)
         self.history = History(self.world, plan.timing, skew)
-        self.database.on_live = self.history.row_appears
+        self.database.on_insert = lambda key, live: self.history.row_appears(
+            key, live=live
+        )
         self.names = frozenset(NODES)
         self.workers = [Worker(self, index, self.names) for index in range(WORKERS)]
         self.slots: list[Slot] = []
