@@ -68,6 +68,8 @@ def create_app() -> Flask:
     sessions = ResilientSession(app, db)
     state = app.extensions["resilient_session"]
     cluster = state.store.homes.cluster
+    durable = state.store.durable
+    sql = durable._breaker
     opened: dict[str, Any] = {"process": None, "nodes": 0, "sql": 0}
 
     @app.post("/login/<user>")
@@ -113,13 +115,14 @@ def create_app() -> Flask:
 
     @app.get("/about")
     def about() -> Any:
-        """What this process knows; with a cookie it asks every node first."""
+        """What this process knows; with a cookie it asks every node and SQL first."""
         if session.get("_user_id") is not None:
             app.session_interface.copies(session)  # type: ignore[attr-defined]
+            durable.read(session.visit.access_for_saving())  # type: ignore[attr-defined]
         return jsonify(
             process=os.getpid(),
             preloaded=opened,
-            suspects=sorted(cluster.suspects()),
+            suspects=[*cluster.suspects(), *(["SQL"] if sql.suspect else [])],
             stats=dict(sessions.stats),
         )
 
@@ -217,7 +220,7 @@ class Gunicorn:
         self.kill()
 
     def settle(self, cookie: str | None) -> None:
-        """Return when every worker uses every node again.
+        """Return when every worker uses every node and SQL again.
 
         :param cookie: of a session, so that asking uses its nodes.
         """
@@ -234,7 +237,7 @@ class Gunicorn:
             change(page["process"])
             return len(workers) == self._workers
 
-        wait_until(settled, PATIENCE, "every worker to use every node")
+        wait_until(settled, PATIENCE, "every worker to use every node and SQL")
 
     @property
     def pid(self) -> int:

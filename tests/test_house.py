@@ -85,7 +85,9 @@ IMPURE_MODULES = {
 ONLY_IN = {
     "memcache": {"node"},
     "socket": {"node"},
-    "sqlalchemy": {"connections", "sql", "engines", "extension"},
+    "sqlalchemy": {
+        *("rows", "sql_errors", "connections", "sql", "engines", "extension")
+    },
     "flask_sqlalchemy": {"engines", "extension"},
     "click": {"cli", "extension"},
     "time": {"clock"},

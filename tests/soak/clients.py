@@ -202,8 +202,7 @@ class Client:
         """Whether a worker answered; it must know no such session."""
         status, page, _ = self._ask("haunt", "GET", "/", cookie, worker)
         if status == 200 and page:
-            tag = page.get("_user_id")
-            self._history.violate(f"{tag} came back at worker {worker}: {page}")
+            self._history.came_back(cookie, page, f"worker {worker}")
         return status == 200
 
     def _change(self, name: str, life: Life, path: str) -> bool:

@@ -23,7 +23,7 @@ class Life:
     :ivar acknowledged: elements of lists that were acknowledged.
     :ivar latest: key -> the largest number acknowledged there.
     :ivar ending: a logout has begun, or the session is given up.
-    :ivar ended: a logout was acknowledged.
+    :ivar moving: changes of the id that are under way.
     """
 
     tag: str
@@ -32,8 +32,6 @@ class Life:
     latest: dict[str, int] = field(default_factory=dict)
     moving: int = 0
     ending: bool = False
-    ended: bool = False
-    old_cookies: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,16 @@ class History:
 
     :ivar violations: sentences; none is right.
     :ivar counts: operations and their outcomes.
+    :ivar ended: cookies whose sessions ended, or went on under another id.
+    :ivar faults: what the nemesis did so far, in order.
     """
 
     def __init__(self) -> None:
         self.violations: list[str] = []
         self.counts: Counter[str] = Counter()
         self.ended: list[str] = []
+        self.faults: list[str] = []
+        self._end: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
 
     def count(self, name: str) -> None:
@@ -82,16 +84,26 @@ class History:
         """The session has a new id, and the old one is dead."""
         with self._lock:
             if life.cookie is not None and cookie is not None:
-                life.old_cookies.append(life.cookie)
-                self.ended.append(life.cookie)
+                self._bury(life.cookie, "moved")
             life.cookie = cookie
 
     def logged_out(self, life: Life) -> None:
         """A logout was acknowledged."""
         with self._lock:
-            life.ended = True
             if life.cookie is not None:
-                self.ended.append(life.cookie)
+                self._bury(life.cookie, "logged out")
+
+    def _bury(self, cookie: str, how: str) -> None:
+        self.ended.append(cookie)
+        self._end[cookie] = how, max(len(self.faults) - 1, 0)
+
+    def came_back(self, cookie: str, page: Any, where: str) -> None:
+        """A session was served after it had ended."""
+        how, fault = self._end[cookie]
+        self.violate(
+            f"{where}: {page.get('_user_id')} was {how} and came back;"
+            f" faults since: {', '.join(self.faults[fault:])}"
+        )
 
     def check(self, life: Life, before: Before, page: Any, where: str) -> None:
         """A page of a live session shows it whole, and nothing else."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import sqlite3
 import threading
-from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +18,7 @@ class Nemesis:
 
     :param wires: those by which one of the workers reaches the nodes.
     :param over: ends a fault early.
+    :param record: the faults, in order.
     """
 
     def __init__(
@@ -28,8 +28,9 @@ class Nemesis:
         database: Path,
         seed: int,
         over: threading.Event,
+        record: list[str],
     ) -> None:
-        self.faults: Counter[str] = Counter()
+        self._record = record
         self._nodes = nodes
         self._wires = wires
         self._database = database
@@ -46,7 +47,7 @@ class Nemesis:
             ]
             self._random.shuffle(self._kinds)
         fault = self._kinds.pop()
-        self.faults[fault.__name__] += 1
+        self._record.append(fault.__name__)
         fault()
 
     def kill(self) -> None:
