@@ -149,9 +149,11 @@ class Memcached:
         return command
 
     def _answers(self) -> bool:
+        """Whether this very process answers, not another one at its address."""
         try:
             with socket.create_connection((HOST, self.port), _DEADLINE) as connection:
-                connection.sendall(b"version\r\n")
-                return connection.recv(64).startswith(b"VERSION")
+                connection.sendall(b"stats\r\n")
+                with connection.makefile("rb") as reply:
+                    return reply.readline() == f"STAT pid {self.pid}\r\n".encode()
         except OSError:
             return False

@@ -19,11 +19,14 @@ from flask_resilient_session.trace import CopyState
 from .history import Event, history_of
 
 #: How the session of this page was come by.
-Origin = Literal["new", "memory", "repaired", "recovered", "sql", "unverified"]
+Origin = Literal[
+    "new", "memory", "checked", "repaired", "recovered", "sql", "unverified"
+]
 
 _TITLES: Final[Mapping[Origin, str]] = {
     "new": "New session",
     "memory": "Read from memory",
+    "checked": "Checked with SQL",
     "repaired": "Recovered and repaired",
     "recovered": "Recovered with SQL",
     "sql": "Read from SQL",
@@ -114,7 +117,9 @@ def _origin(trace: SessionTrace) -> Origin:
         return "new"
     if not trace.homes:
         return "sql"
-    return "repaired" if trace.repairs else "recovered"
+    if trace.repairs:
+        return "repaired"
+    return "recovered" if "unreachable" in trace.found.values() else "checked"
 
 
 def _text(origin: Origin, trace: SessionTrace) -> str:
@@ -123,6 +128,8 @@ def _text(origin: Origin, trace: SessionTrace) -> str:
         return f"{before}This page stores one, with what its forms need."
     if origin == "memory":
         return f"{_names(trace.homes)} hold the same state. SQL was not asked."
+    if origin == "checked":
+        return f"{_names(trace.homes)} agree. After its rest SQL was asked as well."
     if origin == "sql":
         return "No nodes are configured, so that SQL is asked each time."
     silent = [name for name in trace.homes if trace.found[name] == "unreachable"]

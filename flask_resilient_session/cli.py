@@ -169,7 +169,7 @@ def revoke_command(new_revoker: NewRevoker) -> click.Command:
 _REVOKE_HELP: Final = """End the sessions of a user, or of everybody, as by logout.
 
 Exit codes: 0 final everywhere; 1 SQL failed, the rest was not ended; 3 a node could
-not be told, SQL has it and it is effective within the sync interval; 4 rows name
+not be told, SQL has it and it is effective at the session's next sync; 4 rows name
 nodes that are not configured on this host.
 """
 
@@ -188,7 +188,7 @@ def _revoke_exit_code(report: RevokeReport) -> int:
     if report.untold:
         click.echo(
             f"Of {report.untold} of them a node could not be told. SQL has it: they"
-            " end within the sync interval.",
+            " end at their next sync, or within two sync intervals after a rest.",
             err=True,
         )
         return EXIT_UNCHECKED

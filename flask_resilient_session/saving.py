@@ -189,8 +189,14 @@ class Saver:
             oldest_ms = now_ms - access.timing.lifetime_ms
             for_sql = drop_markers(for_sql, oldest_ms)
         for_sql = self._steps.changed(for_sql, changes, now_ms)
+        patience = access
+        if need is not SqlNeed.REQUIRED:
+            # The homes come next, and would take the change alone.
+            now = self._clock.monotonic()
+            half = now + (access.deadline - now) / 2
+            patience = replace(access, deadline=half)
         try:
-            return self._write_row(access, for_sql, need), True
+            return self._write_row(patience, for_sql, need), True
         except SqlUnavailable as error:
             if need is SqlNeed.REQUIRED:
                 raise self._steps.not_kept(access, error) from error

@@ -326,7 +326,7 @@ def test_a_second_break_in_a_call_stands(table: SqlTable) -> None:
         raise _broken(connection.dialect.name)
 
     table.read(KEY, soon())
-    sa.event.listen(table.engine, "before_cursor_execute", fail)
+    sa.event.listen(table.engine, "after_cursor_execute", fail)
     with pytest.raises(SqlUnavailable):
         table.read(KEY, soon())
     assert len(tries) == 2
