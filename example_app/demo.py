@@ -30,7 +30,7 @@ from werkzeug.serving import make_server
 
 from . import create_app as create_shop
 from .memcached import HOST, Memcached, NodeError, find_memcached, port_is_free
-from .nodes import DIRECTORY, Control, State, read_state, write_state
+from .nodes import DIRECTORY, Control, State, give_order, read_state, write_state
 
 _PORT: Final = 5000
 _FIRST_NODE_PORT: Final = 21211
@@ -90,6 +90,7 @@ def _stop(number: int, frame: FrameType | None) -> NoReturn:
 
 def _run(port: int) -> None:
     find_memcached()
+    _refuse_a_second()
     with ExitStack() as stack:
         listener = stack.enter_context(_listen(port))
         url = f"http://{HOST}:{listener.getsockname()[1]}"
@@ -105,6 +106,16 @@ def _run(port: int) -> None:
             HOST, listener.getsockname()[1], app, threaded=True, fd=listener.fileno()
         )
         server.serve_forever()
+
+
+def _refuse_a_second() -> None:
+    """Two demos in one directory would take each other's files."""
+    try:
+        state = read_state(DIRECTORY)
+        give_order(state.control, "status")
+    except NodeError:
+        return
+    raise NodeError(f"A demo runs here already: {state.url}")
 
 
 @contextmanager

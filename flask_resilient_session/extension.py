@@ -146,7 +146,7 @@ class ResilientSession:
         :param user_id: what their sessions hold under ``RESILIENT_SESSION_USER_KEY``.
         :param keep: one session that goes on, as after a change of the password.
         :returns: how many were ended. Where a home could not be told, the end is
-            effective within the sync interval.
+            effective at their next sync.
         :raises SessionUnavailable: SQL did not answer; some may have been ended.
         :raises ValueError: the user is None, as an anonymous one's id is.
         """

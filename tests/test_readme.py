@@ -215,9 +215,8 @@ def test_files_that_are_named_exist(page: str) -> None:
 def test_make_targets_that_are_named_exist(page: str) -> None:
     """Every make command in the documentation is a target."""
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    named = re.findall(
-        r"(?:``|^    )make(?: \w+=\S+)* ([a-z]+)", read(page), re.MULTILINE
-    )
+    pattern = r"(?:``|^    )make(?: \w+=\S+)* ([a-z]+)(?:``| {2}| \w+=|$)"
+    named = re.findall(pattern, read(page), re.MULTILINE)
     assert set(named) <= set(targets)
 
 
