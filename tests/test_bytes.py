@@ -6,7 +6,6 @@ import os
 import pickle
 import tracemalloc
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,10 @@ from flask import session
 
 from apps import Site, Sites, TimeMachine, item_of, key_of
 from flask_resilient_session.envelope import AES_GCM, FORMAT, MAGIC
-from servers import Memcached
 
 #: python-memcached's flags: what it unpickles, takes for a number, inflates.
 PICKLED, INTEGER, LONG, COMPRESSED = 1, 2, 4, 8
 MEGABYTE = 1024 * 1024
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

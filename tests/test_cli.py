@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,10 @@ from click.testing import Result
 
 from apps import Site, Sites, TimeMachine, add_rows
 from reaping import LIFETIME, PAST, run, run_json, synced_later
-from servers import Memcached
 
 COMMANDS = ["reap-sessions", "session_cleanup"]
 #: What ``--json`` has at least.
 FIELDS = {"examined", "renewed", "reaped", "unchecked", "batches", "seconds"}
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> TimeMachine:
-    """Time that a test moves."""
-    return TimeMachine(monkeypatch)
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,24 +12,10 @@ from flask.json.tag import TaggedJSONSerializer
 
 from apps import Site, Sites, TimeMachine, add_rows, key_of
 from reaping import LIFETIME, PAST, run, run_json
-from servers import Memcached
 
 COMMANDS = ["reap-sessions", "session_cleanup"]
 #: What ``--json`` has at least.
 FIELDS = {"examined", "renewed", "reaped", "unchecked", "batches", "seconds"}
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> TimeMachine:
-    """Time that a test moves."""
-    return TimeMachine(monkeypatch)
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from http.cookies import SimpleCookie
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +11,6 @@ from flask import redirect, session
 from werkzeug.exceptions import Forbidden
 
 from apps import Site, Sites
-from servers import Memcached
 
 #: The strictest cookie: one that nobody else can set, read or send along.
 STRICT = {
@@ -23,13 +20,6 @@ STRICT = {
 }
 #: All that the warnings ask for.
 SOUND = {"SESSION_COOKIE_SECURE": True, "SESSION_COOKIE_SAMESITE": "Lax"}
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

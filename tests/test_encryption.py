@@ -21,13 +21,6 @@ DATA = {"_user_id": "alice", "secret": SECRET}
 
 
 @pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
 def site(sites: Sites) -> Site:
     """An application that encrypts, and a session in both homes and SQL."""
     site = sites(RESILIENT_SESSION_ENCRYPT=True)

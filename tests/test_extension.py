@@ -11,20 +11,13 @@ import sqlalchemy as sa
 from flask import Flask, session
 from flask_sqlalchemy import SQLAlchemy
 
-from apps import BareApps, Sites, tables_of, works
+from apps import BareApps, tables_of, works
 from flask_resilient_session import (
     ResilientSession,
 )
 from servers import Memcached
 
 TABLE = "resilient_sessions"
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

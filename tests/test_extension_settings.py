@@ -23,13 +23,6 @@ TABLE = "resilient_sessions"
 
 
 @pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
 def apps(nodes: list[Memcached], tmp_path: Path) -> Iterator[BareApps]:
     """Applications that the tests set up."""
     with BareApps(nodes, tmp_path) as made:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ from flask_login import (
 )
 
 from apps import NOTHING, Site, Sites, key_of
-from servers import Memcached
 
 # Flask-Login 0.6.3 computes its remember cookie's expiry with utcnow().
 pytestmark = pytest.mark.filterwarnings("ignore:.*utcnow:DeprecationWarning")
@@ -33,13 +30,6 @@ class User(UserMixin):
 
     def __init__(self, user_id: str) -> None:
         self.id = user_id
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from flask import session
 
 from apps import NOTHING, Site, Sites, TimeMachine, item_of, key_of
-from servers import Memcached
 
 HOUR = 3600
 DAY = 24 * HOUR
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture
@@ -31,12 +21,6 @@ def site(sites: Sites) -> Site:
     site.set(site.browser_with(None), warm=True)
     site.state.sql.engine.connect().close()
     return site
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> TimeMachine:
-    """Time that a test moves."""
-    return TimeMachine(monkeypatch)
 
 
 # --- visitors --------------------------------------------------------------------

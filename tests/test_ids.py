@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import secrets
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,14 +13,6 @@ from itsdangerous import Signer
 from apps import NOTHING, Site, Sites, key_of
 from flask_resilient_session import session as session_module
 from flask_resilient_session.cookie import CookieSigner
-from servers import Memcached
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

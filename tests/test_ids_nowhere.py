@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException
 from apps import Site, Sites, TimeMachine, key_of
 from flask_resilient_session import events, interface
 from flask_resilient_session import session as session_module
-from servers import Memcached, wait_until
+from servers import wait_until
 
 SIGNALS = [
     *(events.session_created, events.session_regenerated, events.session_revoked),
@@ -27,13 +27,6 @@ SIGNALS = [
     *(events.node_down, events.node_up),
 ]
 SID = "A" * 43
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

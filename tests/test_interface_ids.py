@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import session
 from itsdangerous import Signer, TimestampSigner, URLSafeTimedSerializer
 
-from apps import NOTHING, Site, Sites, TimeMachine, key_of
-from servers import Memcached
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
+from apps import NOTHING, Site, Sites, key_of
 
 
 @pytest.fixture
 def site(sites: Sites) -> Site:
     """One application with the defaults."""
     return sites()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> TimeMachine:
-    """Time that a test moves."""
-    return TimeMachine(monkeypatch)
 
 
 # --- cookies of strangers --------------------------------------------------------

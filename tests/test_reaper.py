@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,19 +11,6 @@ from apps import Site, Sites, TimeMachine, item_of, key_of
 from flask_resilient_session import session_expired
 from reaping import DAY, LIFETIME, PAST, change_row, counts, reap, succeeded
 from servers import Memcached, wait_until
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> TimeMachine:
-    """Time that a test moves."""
-    return TimeMachine(monkeypatch)
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

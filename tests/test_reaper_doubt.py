@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,20 +10,6 @@ import pytest
 from apps import Site, Sites, TimeMachine, add_rows, key_of
 from flask_resilient_session import ReapReport
 from reaping import LIFETIME, PAST, change_row, counts, reap
-from servers import Memcached
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> TimeMachine:
-    """Time that a test moves."""
-    return TimeMachine(monkeypatch)
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

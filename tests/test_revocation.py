@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from apps import Site, Sites, TimeMachine, item_of, key_of
 from flask_resilient_session import SessionUnavailable
 from flask_resilient_session.durable import user_id_column
 from flask_resilient_session.events import session_revoked
-from servers import Memcached
 
 LONG = "https://id.example/" + "x" * 300
 #: Users whose ids are easily taken for one another.
@@ -26,22 +24,9 @@ ALIKE = ["bob", "Bob", "bob ", "BOB", "b%b", "b_b", "'; --", "böb", "7", LONG, 
 
 
 @pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
-
-
-@pytest.fixture
 def site(sites: Sites) -> Site:
     """One application with the defaults."""
     return sites()
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> TimeMachine:
-    """Time that a test moves."""
-    return TimeMachine(monkeypatch)
 
 
 def login(site: Site, user: object, **data: Any) -> FlaskClient:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,7 @@ from flask.testing import FlaskClient
 
 from apps import Site, Sites
 from database_servers import new_table_name
-from servers import Memcached, MemcachedPool
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
+from servers import MemcachedPool
 
 
 @pytest.fixture

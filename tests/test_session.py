@@ -7,24 +7,16 @@ import json
 import operator
 import pickle
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from flask import copy_current_request_context, session
 
 from apps import Site, Sites
-from servers import Memcached, wait_until
+from servers import wait_until
 
 STORED: dict[str, Any] = {"a": 1, "b": [1, 2]}
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,9 @@ from flask import session
 from flask_sqlalchemy import SQLAlchemy
 
 from apps import Site, Sites
-from servers import Memcached
 
 #: Seconds that our save waits for the application's lock.
 TIMEOUT = 0.2
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
 
 
 def with_notes(sites: Sites, **config: Any) -> tuple[Site, sa.Table]:

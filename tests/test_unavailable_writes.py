@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,14 +13,7 @@ from flask_login import LoginManager
 from apps import Site, Sites, key_of
 from flask_resilient_session import SessionUnavailable
 from outage import Outage, assert_refused, raw, with_session
-from servers import Memcached, wait_until
-
-
-@pytest.fixture
-def sites(nodes: list[Memcached], tmp_path: Path) -> Iterator[Sites]:
-    """Applications on two nodes."""
-    with Sites(nodes, tmp_path) as made:
-        yield made
+from servers import wait_until
 
 
 @pytest.fixture
