@@ -22,7 +22,7 @@ help:
 	@echo "make soak    real servers under faults, and the simulator, for minutes (SOAK=120)"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  put the code into ruff's format"
-	@echo "make demo    three memcached nodes and the example app; Ctrl-C ends it"
+	@echo "make demo    three memcached nodes and the example app; Ctrl-C ends it (PORT=5001 moves it)"
 	@echo "make clean   remove the virtual environment and everything generated"
 
 test: lint memcached postgresql mariadb

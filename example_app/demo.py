@@ -17,7 +17,6 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -162,13 +161,11 @@ def _node_ports() -> Sequence[int]:
 def _fresh_state(stack: ExitStack, url: str, nodes: dict[str, Memcached]) -> State:
     shutil.rmtree(DIRECTORY, ignore_errors=True)
     DIRECTORY.mkdir(mode=0o700)
-    # A socket's path may have about a hundred bytes, so it is not below here.
-    control = Path(tempfile.mkdtemp(prefix="resilient-demo-"))
-    stack.callback(shutil.rmtree, control, ignore_errors=True)
     stack.callback((DIRECTORY / "state.json").unlink, missing_ok=True)
     return State(
         url=url,
-        control=str(control / "control"),
+        # Relative: a socket's path may have about a hundred bytes.
+        control=str(DIRECTORY / "control"),
         secret_key=secrets.token_hex(),
         database=f"sqlite:///{DIRECTORY.absolute() / 'shop.sqlite'}",
         nodes={name: node.address for name, node in nodes.items()},

@@ -40,7 +40,8 @@ _OK: Final = "ok "
 class State:
     """What other processes have to know of the running demo.
 
-    :ivar control: path of the socket on which it takes orders.
+    :ivar control: path of the socket on which it takes orders, from the directory that
+        the demo was started in.
     :ivar nodes: name -> address.
     """
 

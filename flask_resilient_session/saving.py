@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import replace
 
 from .access import Access
@@ -161,6 +162,7 @@ class Saver:
             return replace(live, record=record)
         write = self._homes.write_in_turn if in_turn else self._homes.write
         acks = write(access, record, live.places, now_ms)
+        self._count_repaired(live, acks)
         outcome = judge_acks(acks, homes=homes, in_sql=in_sql)
         if outcome is Outcome.CONFLICT:
             # What SQL took has a stamp that the homes may not show: ask it, so that
@@ -241,7 +243,12 @@ class Saver:
             record = replace(record, last_use_ms=max(record.last_use_ms, now_ms))
         repairs = {name: live.places[name] for name in live.repairs}
         acks = self._homes.write(access, record, repairs, now_ms)
-        self._observer.count("repaired", list(acks.values()).count(Ack.STORED))
+        self._count_repaired(live, acks)
         if refreshed:
             others = {n: t for n, t in live.places.items() if n not in repairs}
             self._homes.tell(access, record, others, now_ms)
+
+    def _count_repaired(self, live: Live, acks: Mapping[str, Ack]) -> None:
+        repaired = sum(acks.get(name) is Ack.STORED for name in live.repairs)
+        if repaired:
+            self._observer.count("repaired", repaired)

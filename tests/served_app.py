@@ -198,6 +198,7 @@ class Gunicorn:
                 self._command,
                 env=environment,
                 pass_fds=(to_tell,),
+                start_new_session=True,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -269,12 +270,8 @@ class Gunicorn:
         return False
 
     def kill(self) -> None:
-        """End it, whatever its state; harmless if it has ended."""
+        """End it and its workers, whatever their state; harmless if it has ended."""
         if self.process is not None and self.process.poll() is None:
-            # Workers end by themselves when the master is gone; SIGQUIT is quicker.
-            self.process.send_signal(signal.SIGQUIT)
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(PATIENCE)
+            # Asked politely, a threaded worker may wait for a lock that it holds itself.
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(PATIENCE)

@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from flask import Flask
 from werkzeug.test import TestResponse
 
 from example_app import create_app
 from example_app.memcached import NodeError, find_memcached
 from example_app.models import db
+from example_app.nodes import main as nodes_command
 from servers import Memcached, wait_until
 
 REPOSITORY = Path(__file__).parent.parent
@@ -260,7 +262,7 @@ def test_nobody_can_say(
     assert response.status_code == 503
     assert response.headers["Retry-After"]
     assert "Set-Cookie" not in response.headers
-    assert "you are not logged out" in response.text
+    assert "You are not logged out" in response.text
     assert shopper.client.get("/health").text == "ok\n"
     other.close()
     wait_until(lambda: shopper.client.get("/").status_code == 200, what="SQL's return")
@@ -325,11 +327,11 @@ class Demo:
         self.browser.open(self.url + path, data, timeout=10).close()
 
     def order(self, *words: str) -> str:
-        """What ``python -m example_app.nodes`` answers."""
-        return self.order_of("nodes", *words)
+        """What the nodes' command answers in this directory."""
+        return CliRunner().invoke(nodes_command, words).output.strip()
 
     def order_of(self, module: str, *words: str) -> str:
-        """What a module of the example answers on its command line."""
+        """What a module of the example answers as a process of its own."""
         process = self._run(module, *words, stdout=subprocess.PIPE)
         answer, _ = process.communicate(timeout=30)
         return answer.strip()
@@ -366,8 +368,9 @@ class Demo:
 
 
 @pytest.fixture
-def demo(tmp_path: Path) -> Iterator[Demo]:
-    """A demo that serves."""
+def demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Demo]:
+    """A demo that serves, in the working directory."""
+    monkeypatch.chdir(tmp_path)
     demo = Demo(tmp_path)
     try:
         demo.wait()
@@ -395,6 +398,7 @@ def test_the_demo_survives_its_nodes(demo: Demo) -> None:
     demo.send("/cart/1")
     pids = demo.pids()
     assert len(pids) == 3
+    assert demo.order_of("nodes", "status") == demo.order("status")
     for number in "123":
         assert "stopped" in demo.order("kill", number)
         assert cart_of(demo.look()) == {"Assam": 1}

@@ -6,14 +6,15 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from lab import NAMES, Proxy
-from served_app import Gunicorn
-from servers import Memcached, ServerError
+from served_app import PATIENCE, Gunicorn
+from servers import Memcached, wait_until
 
 from .clients import Account, Client
 from .history import History
@@ -126,11 +127,8 @@ def heal(workers: list[Gunicorn], accounts: list[Account], toucher: Client) -> N
                 _insist(lambda life=life, n=number: toucher.look(life, n))
 
 
-def _insist(call) -> None:  # type: ignore[no-untyped-def]
-    for _ in range(100):
-        if call():
-            return
-    raise ServerError("nothing is broken, and still there is no answer")
+def _insist(call: Callable[[], bool]) -> None:
+    wait_until(call, PATIENCE, "an answer, with nothing broken")
 
 
 def _workers(
