@@ -272,6 +272,6 @@ class Gunicorn:
     def kill(self) -> None:
         """End it and its workers, whatever their state; harmless if it has ended."""
         if self.process is not None and self.process.poll() is None:
-            # Asked politely, a threaded worker may wait for a lock that it holds itself.
+            # Asked to quit, a threaded worker may wait for a lock that it holds.
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(PATIENCE)
