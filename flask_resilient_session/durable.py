@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import random as random_module
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Final, Protocol, TypeVar
@@ -39,6 +40,9 @@ _Result = TypeVar("_Result")
 
 #: The version of a row that was just inserted.
 _FIRST_VERSION: Final = 1
+
+#: Ends that a process remembers while SQL does not answer; about 300 bytes each.
+_MOST_DEBTS: Final = 1000
 
 
 class _Busy(SqlUnavailable):
@@ -94,6 +98,7 @@ class Durable:
         )
         self._sql_timeout = sql_timeout
         self._flights = flights
+        self._debts: deque[Row] = deque(maxlen=_MOST_DEBTS)
         self._user_key = user_key
         self._clock = clock
         self._random = random
@@ -191,6 +196,14 @@ class Durable:
             lambda until: self._sql.bury(row, until, has_row=has_row),
             access.deadline,
         )
+
+    def owe(self, access: Access, tombstone: Tombstone, record: Record | None) -> None:
+        """Remember an end that only the homes know, until SQL answers again.
+
+        A reader would pay the debt, but who has logged out may never come back, and
+        both homes forget when they are restarted, one after the other.
+        """
+        self._debts.append(self._tombstone_row(access, tombstone, record))
 
     def move(
         self,
@@ -306,7 +319,20 @@ class Durable:
             raise
         if self._breaker.succeeded(self._clock.monotonic()):
             logger.info("SQL answers again.")
+        if self._debts:
+            self._pay(deadline)
         return result
+
+    def _pay(self, deadline: float) -> None:
+        """Pay one debt with the call that has just shown that SQL answers."""
+        try:
+            row = self._debts.popleft()
+        except IndexError:  # another thread was faster
+            return
+        try:
+            self._sql.bury(row, deadline, has_row=True)
+        except SqlUnavailable:
+            self._debts.append(row)
 
 
 def user_id_column(user: object) -> str | None:

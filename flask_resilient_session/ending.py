@@ -63,6 +63,8 @@ class Ender:
             acks = self._homes.bury(access, replace(tombstone, debt=True), names)
             if len(homes) < PAIR or set(acks.values()) != {Ack.STORED}:
                 raise self._steps.not_kept(access, error) from error
+            record = None if live is None else live.record
+            self._durable.owe(access, tombstone, record)
         else:
             acks = self._homes.bury(access, tombstone, names)
         self._observer.count("revoked")

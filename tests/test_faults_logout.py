@@ -272,6 +272,7 @@ def test_debt(hasty: Lab) -> None:
     assert hasty.copies(late) == [DEAD, DEAD]
     for _ in range(2):
         assert late.sees() == {}
+    hasty.worker.state.store.durable._debts.clear()  # as if its process had ended
     hasty.sql_back()
     hasty.settle()
     assert hasty.row(late) == MEMBER, "not told yet"
@@ -645,3 +646,21 @@ def test_late_in_the_lifetime(lab: Lab, home: str) -> None:
     lab.pass_time(30 * LIFETIME)
     lab.worker.reap()
     assert late.sees() == {}
+
+
+def test_a_logout_that_sql_missed_is_made_up_for(
+    nodes: list[Memcached], tmp_path: Path
+) -> None:
+    """SQL hears of it from whoever needs SQL next, and not only from a reader."""
+    with new_lab(nodes, tmp_path, **HASTY) as lab:
+        user, other = lab.member(), lab.member()
+        cookie = user.twin()
+        lab.sql_locked()
+        assert user.logs_out().status == 200
+        lab.sql_unlocked()
+        assert lab.row(cookie) != DEAD
+        other.logs_in("8")
+        assert lab.row(cookie) == DEAD
+        for role in (FIRST, SECOND):
+            lab.restart(cookie, role)
+        assert cookie.sees() == {}
