@@ -50,7 +50,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 memcached postgresql mariadb:
-	@sh tools/need_$@.sh
+	@sh tools/need.sh $@
 
 # Installed anew only when the list of packages changed.
 $(STAMP): setup.cfg setup.py | $(BIN)/python
