@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from apps import Sites, TimeMachine
+from builders import close_nodes
 from database_servers import DatabaseServer, MariaDB, PostgreSQL, only_session
 from servers import Memcached, MemcachedPool, ServerMissing, find_program
 
@@ -91,3 +92,10 @@ def database(request: pytest.FixtureRequest) -> DatabaseServer:
     """Each database server in turn."""
     server: DatabaseServer = request.getfixturevalue(request.param)
     return server
+
+
+@pytest.fixture
+def nodes_are_closed() -> Iterator[None]:
+    """What a test's nodes have open is closed with it."""
+    yield
+    close_nodes()

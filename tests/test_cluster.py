@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,63 +14,28 @@ from builders import (
     KEYRING,
     NOW,
     PAIR,
-    PREFIX,
     SECOND_HOME,
-    close_nodes,
     make_cluster,
     new_node,
-    real_node,
     record,
     session_key,
     usual_breaker,
 )
-from flask_resilient_session.cluster import Cluster
 from flask_resilient_session.envelope import CorruptBytes, Keyring
 from flask_resilient_session.events import Observer
-from flask_resilient_session.node import Node
 from flask_resilient_session.record import (
     Corrupt,
     Hit,
     Miss,
-    Reply,
     Tombstone,
     Unreachable,
 )
-from flask_resilient_session.wire import Ack, Request
+from flask_resilient_session.wire import Ack
 from misbehaving import FakeServer
+from pairs import KEY, SEALED, STORED_KEY, pair_of, read, real_pair, write
 from servers import Memcached
 
-KEY = session_key("alice")
-STORED_KEY = PREFIX + KEY
-SEALED = KEYRING.seal(KEY, record())
-
-
-@pytest.fixture(autouse=True)
-def _no_connection_is_left() -> Iterator[None]:
-    """What a test's nodes have open is closed with it."""
-    yield
-    close_nodes()
-
-
-def pair_of(first: Node, second: Node, **changes: Any) -> Cluster:
-    """A cluster of two nodes."""
-    return make_cluster({FIRST_HOME: first, SECOND_HOME: second}, **changes)
-
-
-def real_pair(nodes: list[Memcached], **changes: Any) -> Cluster:
-    """A cluster of two real servers."""
-    return pair_of(real_node(nodes[0]), real_node(nodes[1], SECOND_HOME), **changes)
-
-
-def read(cluster: Cluster, seconds: float = 20.0) -> dict[str, Reply]:
-    """What both nodes hold."""
-    return cluster.read(PAIR, KEY, KEYRING, time.monotonic() + seconds)
-
-
-def write(cluster: Cluster, request: Request) -> list[Ack]:
-    """The same request to both nodes."""
-    requests = [(name, request) for name in PAIR]
-    return cluster.write(requests, time.monotonic() + 20)
+pytestmark = pytest.mark.usefixtures("nodes_are_closed")
 
 
 # --- parallel --------------------------------------------------------------------

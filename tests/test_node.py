@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
 
 from builders import (
     ask,
-    close_nodes,
     get,
     real_node,
 )
-from flask_resilient_session.node import IDLE_CONNECTIONS, Node
+from flask_resilient_session.node import IDLE_CONNECTIONS
 from flask_resilient_session.wire import (
     Absent,
     Ack,
@@ -27,30 +25,11 @@ from flask_resilient_session.wire import (
     Set,
     Value,
 )
+from items import LIMIT, connections, read
 from misbehaving import in_child, run_together
 from servers import Memcached, wait_until
 
-LIMIT = 10_000
-
-
-@pytest.fixture(autouse=True)
-def _no_connection_is_left() -> Iterator[None]:
-    """What a test's nodes have open is closed with it."""
-    yield
-    close_nodes()
-
-
-def read(node: Node, key: str = "k") -> tuple[int, int]:
-    """The cas number of an item, and when it was read."""
-    exchange = node.send(Get(key, LIMIT), time.monotonic() + 10)
-    found = exchange.receive()
-    assert isinstance(found, Value)
-    return found.cas, exchange.read_at
-
-
-def connections(server: Memcached) -> int:
-    """Connections that the server has, this question's own apart."""
-    return int(server.stats()["curr_connections"]) - 1
+pytestmark = pytest.mark.usefixtures("nodes_are_closed")
 
 
 # --- what a healthy node does ----------------------------------------------------
