@@ -36,10 +36,8 @@ _Made = TypeVar("_Made")
 
 def _made(make: Callable[[Flask], _Made]) -> _Made:
     """What the current application's command works with."""
-    try:
+    with _explained():
         return make(current_app._get_current_object())  # type: ignore[attr-defined]
-    except SetupError as error:
-        raise click.UsageError(str(error)) from error
 
 
 def exit_code(report: ReapReport) -> int:
@@ -53,6 +51,15 @@ def exit_code(report: ReapReport) -> int:
     if report.stopped:
         return EXIT_STOPPED
     return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """A mistake in the set-up ends the command with its text, not a traceback."""
+    try:
+        yield
+    except SetupError as error:
+        raise click.UsageError(str(error)) from error
 
 
 _REAP_OPTIONS: Final = (
@@ -107,7 +114,11 @@ def reap_command(name: str, new_reaper: NewReaper) -> click.Command:
     ) -> None:
         reaper = _made(new_reaper)
         shown = not (as_json or quiet)
-        with _stop_on_signal() as should_stop, _progress(reaper, shown) as progress:
+        with (
+            _explained(),
+            _stop_on_signal() as should_stop,
+            _progress(reaper, shown) as progress,
+        ):
             report = reaper.run(
                 ReapOptions(
                     **bounds,
@@ -154,12 +165,14 @@ def revoke_command(new_revoker: NewRevoker) -> click.Command:
         if not yes:
             whose = "everybody" if user is None else f"user {user}"
             try:
-                found = revoker.count(user)
+                with _explained():
+                    found = revoker.count(user)
             except SqlUnavailable as error:
                 click.echo(f"SQL failed: {error}", err=True)
                 sys.exit(EXIT_SQL_FAILED)
             click.confirm(f"End {found} sessions of {whose}?", abort=True)
-        report = revoker.revoke(user)
+        with _explained():
+            report = revoker.revoke(user)
         click.echo(f"Ended {report.ended} sessions.")
         sys.exit(_revoke_exit_code(report))
 

@@ -105,6 +105,11 @@ class Cluster:
         for node in self._nodes.values():
             node.drop_idle()
 
+    def renew(self) -> None:
+        """Start anew in a forked child: it forms its own opinion of the nodes."""
+        for breaker in self._breakers.values():
+            breaker.renew()
+
     # --- requests, named by what they do to a session's copy ---------------------
 
     def place(
@@ -267,6 +272,8 @@ class Cluster:
             jitter=self._random.random(),
         )
         if opened:
+            # The others may be as dead, as after a firewall forgot them all.
+            self._nodes[name].drop_idle()
             logger.warning(
                 "Node %s is skipped for a while: %s. Sessions that live on it are"
                 " served from their other home and SQL.",

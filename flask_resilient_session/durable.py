@@ -19,7 +19,7 @@ from .access import Access
 from .clock import Clock
 from .codec import decode_value
 from .envelope import CorruptBytes, Keyring, UnknownFormat
-from .errors import SqlUnavailable
+from .errors import SqlBusy, SqlUnavailable
 from .events import Observer, logger, short
 from .flights import Flights
 from .health import Breaker
@@ -32,6 +32,7 @@ from .replication import (
     RowMissing,
     SqlSilent,
     row_expires_ms,
+    synced_at,
     tombstone_expires_ms,
 )
 from .sql import USER_ID_LENGTH, Row
@@ -43,10 +44,6 @@ _FIRST_VERSION: Final = 1
 
 #: Ends that a process remembers while SQL does not answer; about 300 bytes each.
 _MOST_DEBTS: Final = 1000
-
-
-class _Busy(SqlUnavailable):
-    """Too many requests of this process are asking SQL already."""
 
 
 class SqlLike(Protocol):
@@ -93,6 +90,7 @@ class Durable:
     ) -> None:
         self._sql = sql
         self._breaker = breaker
+        self._concurrency = concurrency
         self._places = (
             None if concurrency is None else threading.BoundedSemaphore(concurrency)
         )
@@ -122,7 +120,7 @@ class Durable:
                     lambda until: self._sql.read(access.session_key, until),
                     access.deadline,
                 )
-        except _Busy as error:
+        except SqlBusy as error:
             return SqlSilent(str(error), busy=True)
         except SqlUnavailable as error:
             return SqlSilent(str(error))
@@ -231,6 +229,14 @@ class Durable:
         )
         return self._counted(synced) if moved else None
 
+    def renew(self) -> None:
+        """Start anew in a forked child: its parent's places and locks stay taken."""
+        self._breaker.renew()
+        if self._flights is not None:
+            self._flights.renew()
+        if self._concurrency is not None:
+            self._places = threading.BoundedSemaphore(self._concurrency)
+
     def _counted(self, record: Record) -> Record:
         self._observer.count("synced")
         return record
@@ -238,7 +244,7 @@ class Durable:
     def _synced(self, record: Record, version: int) -> Record:
         return replace(
             record,
-            synced_ms=max(record.synced_ms, self._clock.now_ms()),
+            synced_ms=synced_at(record.synced_ms, self._clock.now_ms()),
             row_version=version,
             writes=0,
             never_synced=False,
@@ -294,7 +300,7 @@ class Durable:
             yield
             return
         if not self._places.acquire(timeout=wait):
-            raise _Busy("too many requests are asking SQL already")
+            raise SqlBusy("too many requests are asking SQL already")
         try:
             yield
         finally:
@@ -303,11 +309,13 @@ class Durable:
     def _guarded(self, call: Callable[[float], _Result], deadline: float) -> _Result:
         if self._clock.monotonic() >= deadline:
             # Not SQL's fault, so that its breaker does not hear of it.
-            raise SqlUnavailable("no time left for SQL in this request's budget")
+            raise SqlBusy("no time left for SQL in this request's budget")
         if not self._breaker.admits(self._clock.monotonic()):
             raise SqlUnavailable("SQL is skipped for a while after failures")
         try:
             result = call(deadline)
+        except SqlBusy:
+            raise
         except SqlUnavailable as error:
             self._observer.count("sql_faults")
             if self._breaker.failed(

@@ -6,8 +6,14 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from .access import Access
-from .errors import SqlUnavailable
-from .events import session_regenerated, session_revoked, short
+from .errors import SessionTooLarge, SessionUnavailable, SqlUnavailable
+from .events import (
+    logger,
+    session_created,
+    session_regenerated,
+    session_revoked,
+    short,
+)
 from .loading import Loader
 from .record import (
     Corrupt,
@@ -42,7 +48,12 @@ class Ender:
     # --- end ---------------------------------------------------------------------
 
     def end(
-        self, access: Access, live: Live | None, also: Iterable[str] = ()
+        self,
+        access: Access,
+        live: Live | None,
+        also: Iterable[str] = (),
+        *,
+        in_debt: bool = True,
     ) -> frozenset[str]:
         """End a session for good: SQL first, then every reachable home.
 
@@ -51,6 +62,7 @@ class Ender:
 
         :param live: what the request loaded; None: nothing is known of it.
         :param also: other nodes that may hold a copy, for who ends it from outside.
+        :param in_debt: whether both homes are enough while SQL is unreachable.
         :returns: names of the nodes that did not take the tombstone.
         """
         self._trust.forget(access.session_key)
@@ -60,6 +72,8 @@ class Ender:
         try:
             self._durable.bury(access, tombstone, None if live is None else live.record)
         except SqlUnavailable as error:
+            if not in_debt:
+                raise self._steps.not_kept(access, error) from error
             acks = self._homes.bury(access, replace(tombstone, debt=True), names)
             if len(homes) < PAIR or set(acks.values()) != {Ack.STORED}:
                 raise self._steps.not_kept(access, error) from error
@@ -106,9 +120,9 @@ class Ender:
                 raise self._steps.not_kept(old, error) from error
             if moved is not None:
                 late = self._exchange_homes(old, live, tombstone, new, moved, now_ms)
-                self._report_move(old, new)
+                self._report_move(old, new, reason)
                 if reason == "moved" and late is not None:
-                    return self._carry_over(new, moved, live.record, late, changes)
+                    self._carry_over(new, live.record, late, changes)
                 return Live(moved, Standing.AGREED)
             verdict = self._loader.load(old, ask_sql=True)
             if isinstance(verdict, Gone):
@@ -162,11 +176,11 @@ class Ender:
         asked = [name for name, _ in burials]
         found: Record | None = None
         for _ in range(MAX_ATTEMPTS):
-            changed = [
-                name
-                for name, ack in zip(asked, acks, strict=True)
-                if ack in (Ack.CONFLICT, Ack.REFUSED)
-            ]
+            answers = dict(zip(asked, acks, strict=True))
+            # One without room for a tombstone drops the copy, and is not asked again.
+            refused = [n for n, ack in answers.items() if ack is Ack.REFUSED]
+            self._homes.bury(old, tombstone, refused)
+            changed = [n for n, ack in answers.items() if ack is Ack.CONFLICT]
             if not changed:
                 return found
             places: dict[str, Token | None] = {}
@@ -180,15 +194,19 @@ class Ender:
                 elif isinstance(reply, Miss):
                     places[name] = None
             asked = list(places)
-            answers = self._homes.write(old, tombstone, places, now_ms)
-            acks = list(answers.values())
+            written = self._homes.write(old, tombstone, places, now_ms)
+            acks = list(written.values())
         self._homes.bury(old, tombstone, asked)
         return found
 
     def _carry_over(
-        self, new: Access, moved: Record, seen: Record, late: Record, changes: Changes
-    ) -> Live | Gone:
-        """Write to the new session what others had added to the old one meanwhile."""
+        self, new: Access, seen: Record, late: Record, changes: Changes
+    ) -> None:
+        """Write to the new session what others had added to the old one meanwhile.
+
+        The move is done, and its cookie has to reach the browser: what cannot be
+        carried over any more is dropped, counted and logged.
+        """
         nothing = Entry(0, 0, None)
         missed = {
             key: entry.value
@@ -196,16 +214,26 @@ class Ender:
             if key not in changes and entry.stamp > seen.entries.get(key, nothing).stamp
         }
         if not missed:
-            return Live(moved, Standing.AGREED)
-        verdict = self._loader.load(new)
-        if isinstance(verdict, Live):
-            return self._saver.save(new, verdict, missed)
-        raise self._steps.not_kept(new, NOBODY)
+            return
+        try:
+            verdict = self._loader.load(new)
+            if isinstance(verdict, Live):
+                self._saver.save(new, verdict, missed)
+                return
+            why: object = NOBODY
+        except (SessionTooLarge, SessionUnavailable) as error:
+            why = error.description
+        self._observer.count("dropped_changes")
+        name = short(new.session_key)
+        logger.error("Changes made while session %s moved were lost: %s", name, why)
 
-    def _report_move(self, old: Access, new: Access) -> None:
-        self._observer.count("regenerated")
-        self._observer.send(
-            session_regenerated,
-            session=short(new.session_key),
-            previous=short(old.session_key),
-        )
+    def _report_move(self, old: Access, new: Access, reason: EndReason) -> None:
+        session, previous = short(new.session_key), short(old.session_key)
+        if reason == "ended":
+            self._observer.count("revoked")
+            self._observer.send(session_revoked, session=previous)
+            self._observer.count("created")
+            self._observer.send(session_created, session=session)
+        else:
+            self._observer.count("regenerated")
+            self._observer.send(session_regenerated, session=session, previous=previous)

@@ -64,8 +64,9 @@ def default_engine(app: Flask, sql_timeout: float) -> sa.Engine:
         return plain_engine(url, sql_timeout)
     path = _in_instance_folder(app, _DEFAULT_FILE)
     engine = plain_engine(sa.URL.create("sqlite", database=path), sql_timeout)
-    # The file is ours alone: readers need not wait for writers, and a commit need
-    # not wait for the disk, since the newest sessions are no loss worth that.
+    # The file is ours alone: readers need not wait for writers. A commit need not wait
+    # for the disk: it outlives the process, and after a power cut the file is whole,
+    # though the last moments before may be missing.
     sa.event.listen(engine, "connect", _write_ahead)
     return engine
 

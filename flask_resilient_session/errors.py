@@ -1,8 +1,9 @@
 """Errors, named by whose fault they are.
 
-Everything this package raises on purpose is a :class:`ResilientSessionError`.
-The two that end a request are HTTP exceptions as well, so that an application
-answers them with its own error pages.
+What this package raises of its own is a :class:`ResilientSessionError`; wrong values
+in a session or an argument are Python's TypeError and ValueError. The two that end
+a request are HTTP exceptions as well, so that an application answers them with its
+own error pages.
 """
 
 from __future__ import annotations
@@ -78,4 +79,11 @@ class SqlUnavailable(ResilientSessionError):
     """SQL did not answer in time, or answered with an error.
 
     Never reaches the application: the store turns it into a decision.
+    """
+
+
+class SqlBusy(SqlUnavailable):
+    """This process has no place or no time left to ask SQL, which may be well.
+
+    That is no reason to guess, nor to skip SQL for a while.
     """

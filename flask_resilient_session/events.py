@@ -28,7 +28,8 @@ session_revoked = _signals.signal("session-revoked")
 session_expired = _signals.signal("session-expired")
 #: Sent with ``session`` when SQL had to settle what the nodes could not.
 session_recovered = _signals.signal("session-recovered")
-#: Sent with ``session`` when a concurrent request wrote first and this one joins it.
+#: Sent with ``session`` when a write is read again, joined and tried again: another
+#: request wrote first, or a node was restarted.
 session_conflict = _signals.signal("session-conflict")
 #: Sent with ``node`` and ``reason`` when this process starts to skip a node.
 node_down = _signals.signal("node-down")
@@ -42,7 +43,7 @@ COUNTERS: Final[Mapping[str, str]] = {
     "loaded_from_memory": "sessions settled by the nodes alone",
     "loaded_from_sql": "sessions that SQL had to settle",
     "loaded_unverified": "sessions served from one copy while SQL was unreachable",
-    "unavailable": "requests for a session that nobody could vouch for",
+    "unavailable": "sessions that nobody could vouch for, and changes refused (503)",
     "created": "sessions stored for the first time",
     "regenerated": "sessions moved to a new id",
     "revoked": "sessions ended",
@@ -51,7 +52,7 @@ COUNTERS: Final[Mapping[str, str]] = {
     "repaired": "copies brought up to date",
     "corrupt_copies": "copies that were no record of their session",
     "corrupt_rows": "rows that were no record of their session",
-    "conflicts": "writes that met a concurrent one",
+    "conflicts": "writes that were read, joined and tried again",
     "dropped_changes": "changes dropped because the session had ended meanwhile",
     "node_faults": "exchanges with a node that failed",
     "sql_faults": "SQL calls that failed",
@@ -81,6 +82,10 @@ class Stats(Mapping[str, int]):
         with self._lock:
             self._counts[name] += amount
 
+    def renew(self) -> None:
+        """Take a lock of its own in a forked child; the counts go on."""
+        self._lock = threading.Lock()
+
     def __getitem__(self, name: str) -> int:
         return self._counts[name]
 
@@ -109,7 +114,8 @@ class Observer:
         """Tell the listeners; one that fails is logged and hurts nobody else."""
         if not signal.receivers:
             return
-        try:
-            signal.send(self._sender, **fields)
-        except Exception:  # a listener's bug must not lose a session
-            logger.exception("A listener of %s failed.", signal.name)
+        for listener in signal.receivers_for(self._sender):
+            try:
+                listener(self._sender, **fields)
+            except Exception:  # a listener's bug must not lose a session
+                logger.exception("A listener of %s failed.", signal.name)

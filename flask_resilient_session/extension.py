@@ -6,7 +6,9 @@ extension object itself knows no application and serves as many as are initialis
 
 from __future__ import annotations
 
+import os
 import random
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,8 +31,8 @@ from .homes import Homes
 from .interface import ResilientSessionInterface
 from .keys import Keys, session_key_of
 from .node import Node
-from .reaper import Reaper, ReapOptions, ReapReport
-from .revocation import Revoker, SessionInfo
+from .reaper import STATEMENT_SECONDS, Reaper, ReapOptions, ReapReport
+from .revocation import STEP_SECONDS, Revoker, SessionInfo
 from .ring import Ring, RingNode
 from .session import Session
 from .sql import SqlTable
@@ -58,14 +60,18 @@ class AppState:
     keys: Keys
     interface: ResilientSessionInterface
 
-    def new_revoker(self, app: Flask) -> Revoker:
-        """A revoker for the application's table, with its keys as they are now."""
+    def new_revoker(self, app: Flask, seconds: float = STEP_SECONDS) -> Revoker:
+        """A revoker for the application's table, with its keys as they are now.
+
+        :param seconds: for each of its steps.
+        """
         return Revoker(
             self.sql,
             self.store,
             keyring=self.keys.of(app).keyring,
             timing=self.settings.timing(app.permanent_session_lifetime),
             clock=self.clock,
+            step_seconds=seconds,
         )
 
     def close(self) -> None:
@@ -73,8 +79,11 @@ class AppState:
         self.store.homes.cluster.close()
         self.sql.dispose()
 
-    def new_reaper(self, app: Flask) -> Reaper:
-        """A reaper of the application's table, with its keys as they are now."""
+    def new_reaper(self, app: Flask, seconds: float = STATEMENT_SECONDS) -> Reaper:
+        """A reaper of the application's table, with its keys as they are now.
+
+        :param seconds: for each of its statements.
+        """
         return Reaper(
             self.sql,
             self.store,
@@ -120,8 +129,16 @@ class ResilientSession:
                 True,
                 "False, or install Flask-Resilient-Session[encryption]",
             )
+        binds = app.config.get("SQLALCHEMY_BINDS")
+        if settings.bind_key and binds and settings.bind_key not in binds:
+            raise ConfigurationError(
+                "RESILIENT_SESSION_BIND_KEY",
+                settings.bind_key,
+                f"one of SQLALCHEMY_BINDS: {', '.join(filter(None, binds))}",
+            )
         state = _new_state(app, settings, db)
         app.extensions[_NAME] = state
+        _stores.add(state.store)
         app.session_interface = state.interface
         _register_table(app, state)
         for name in _REAP_COMMANDS:
@@ -192,6 +209,19 @@ class ResilientSession:
         """
         app = current_app._get_current_object()  # type: ignore[attr-defined]
         return _state(app).new_reaper(app).run(ReapOptions(**options))
+
+
+#: The stores of this process, which a forked child has to renew.
+_stores: Final[weakref.WeakSet[Store]] = weakref.WeakSet()
+
+
+def _renew_in_child() -> None:
+    for store in list(_stores):
+        store.renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_in_child)
 
 
 def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppState:
@@ -304,8 +334,11 @@ def _reap_sometimes(state: AppState) -> Callable[[Response], Response]:
 
 
 def _reap_after_response(app: Flask, state: AppState) -> None:
+    if not app.secret_key:
+        return
     options = ReapOptions(batch_size=_REAP_BATCH, limit=_REAP_BATCH)
-    report = state.new_reaper(app).run(options)
+    seconds = state.settings.request_budget
+    report = state.new_reaper(app, seconds).run(options)
     if report.failed is not None or report.refused is not None:
         reason = report.failed or (report.refused and report.refused.value)
         logger.warning("Reaping after a response did nothing: %s", reason)
@@ -333,4 +366,6 @@ def _somebody(user_id: object) -> object:
 
 def _current_revoker() -> Revoker:
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
-    return _state(app).new_revoker(app)
+    state = _state(app)
+    # For a request: commands have more patience.
+    return state.new_revoker(app, state.settings.request_budget)

@@ -72,10 +72,10 @@ class Flights(Generic[_Answer]):
             assert following is not None
             following.landed.wait(max(wait, 0))
             return following.answer
-        if current is not None:
-            current.landed.wait(max(wait, 0))
-            self._depart(question, mine)
         try:
+            if current is not None:
+                current.landed.wait(max(wait, 0))
+                self._depart(question, mine)
             mine.answer = ask()
             return mine.answer
         finally:
@@ -90,6 +90,13 @@ class Flights(Generic[_Answer]):
 
     def _land(self, question: str, flight: _Flight[_Answer]) -> None:
         with self._lock:
-            if self._under_way.get(question) is flight:
-                del self._under_way[question]
+            for flights in (self._under_way, self._next):
+                if flights.get(question) is flight:
+                    del flights[question]
         flight.landed.set()
+
+    def renew(self) -> None:
+        """Start anew in a forked child, where nobody flies."""
+        self._lock = threading.Lock()
+        self._under_way.clear()
+        self._next.clear()

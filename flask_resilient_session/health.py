@@ -57,6 +57,14 @@ class Breaker:
         """When the next prober is admitted, in monotonic seconds; None: healthy."""
         return self._retry_at
 
+    def renew(self) -> None:
+        """Start anew in a forked child, with no suspicion and a lock of its own."""
+        self.__init__(  # type: ignore[misc]
+            first_pause=self._first_pause,
+            longest_pause=self._longest_pause,
+            tolerated_timeouts=self._tolerated_timeouts,
+        )
+
     def admits(self, now: float) -> bool:
         """Return whether the caller may use it.
 

@@ -9,7 +9,7 @@ from typing import Final
 from .access import Access
 from .clock import Clock
 from .durable import Durable
-from .errors import SqlUnavailable
+from .errors import SqlBusy, SqlUnavailable
 from .events import Observer, logger, session_recovered, short
 from .homes import Homes
 from .record import Corrupt, Hit, Record, Reply
@@ -133,7 +133,8 @@ class Loader:
         try:
             inserted = self._durable.insert(access, record)
         except SqlUnavailable as error:
-            row: RowAnswer = SqlSilent(str(error))
+            busy = isinstance(error, SqlBusy)
+            row: RowAnswer = SqlSilent(str(error), busy=busy)
         else:
             if inserted is not None:
                 return confirmed(inserted, replies)

@@ -37,7 +37,7 @@ from .store import Store
 DEFAULT_BATCH_SIZE: Final = 500
 
 #: Seconds for one statement of the reaper: nobody waits for it as for a page.
-_STATEMENT_SECONDS: Final = 30.0
+STATEMENT_SECONDS: Final = 30.0
 
 #: A row synced this far in the future was written under another clock, and then
 #: nothing that this host's clock says about expiry can be trusted.
@@ -163,7 +163,9 @@ class Reaper:
         timing: Timing,
         clock: Clock,
         observer: Observer,
+        statement_seconds: float = STATEMENT_SECONDS,
     ) -> None:
+        self._statement_seconds = statement_seconds
         self._sql = sql
         self._store = store
         self._durable: Durable = store.durable
@@ -282,7 +284,12 @@ class Reaper:
         elif isinstance(verdict, Reap):
             dead.append(_Dead(row, self._final_data(row, answer, replies)))
         elif isinstance(verdict, Renew):
-            report.renewed += options.dry_run or self._renew(access, row, verdict)
+            try:
+                report.renewed += options.dry_run or self._renew(access, row, verdict)
+            except ValueError as error:
+                # Written by another version, with a user of a type unknown here.
+                report.unchecked += 1
+                report.reasons[str(error)] = report.reasons.get(str(error), 0) + 1
         elif not options.dry_run:
             record = answer.record if isinstance(answer, RowLive) else None
             self._durable.bury(access, verdict.tombstone, record)
@@ -347,7 +354,7 @@ class Reaper:
             return None
 
     def _until(self) -> float:
-        return self._clock.monotonic() + _STATEMENT_SECONDS
+        return self._clock.monotonic() + self._statement_seconds
 
 
 def _for_archive(row: Row, data: dict[str, Any] | None) -> dict[str, Any]:

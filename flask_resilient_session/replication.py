@@ -41,6 +41,9 @@ _LONGEST_EXPTIME: Final = 30 * 24 * 60 * 60
 #: Tombstones and copies outlive what they stand for by this: more than clocks differ.
 _MARGIN_MS: Final = _DAY_MS
 
+#: A time this far ahead is that of a clock which is wrong, and says nothing.
+_CLOCKS_APART_MS: Final = 5 * 60_000
+
 #: The shortest rest after which SQL is asked first, where every change is synced.
 _SLACK_MS: Final = 60_000
 
@@ -184,6 +187,15 @@ def exptime_seconds(until_ms: int, timing: Timing, now_ms: int) -> int:
     """memcached's time to live for something that matters until then; never 0."""
     remaining = until_ms - now_ms + timing.reap_grace_ms + _MARGIN_MS
     return max(1, min(_LONGEST_EXPTIME, remaining // 1000))
+
+
+def synced_at(before_ms: int, now_ms: int) -> int:
+    """The time of a sync that is made now, after one that was made before.
+
+    A clock that is a little behind does not undo the last one; one that was far ahead
+    must not keep everybody from syncing until its time has come.
+    """
+    return now_ms if before_ms - now_ms > _CLOCKS_APART_MS else max(before_ms, now_ms)
 
 
 def refresh_due(record: Record, timing: Timing, now_ms: int) -> bool:
@@ -412,7 +424,8 @@ def sql_need(
         behind = changed or record.writes > 0
         due = behind or refresh_due(record, timing, now_ms)
     else:
-        due = now_ms - record.synced_ms >= timing.sync_ms
+        since_ms = now_ms - record.synced_ms
+        due = since_ms >= timing.sync_ms or since_ms < -_CLOCKS_APART_MS
     return SqlNeed.DUE if due else SqlNeed.NONE
 
 

@@ -30,7 +30,7 @@ _PAGE: Final = 200
 _PASSES: Final = 10
 
 #: Seconds for one step: nobody waits for it as for a page.
-_STEP_SECONDS: Final = 30.0
+STEP_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,9 @@ class Revoker:
         keyring: Keyring,
         timing: Timing,
         clock: Clock,
+        step_seconds: float = STEP_SECONDS,
     ) -> None:
+        self._step_seconds = step_seconds
         self._sql = sql
         self._store = store
         self._keyring = keyring
@@ -146,7 +148,9 @@ class Revoker:
     def _end(self, row: Row, report: RevokeReport) -> None:
         configured = self._store.homes.cluster.names
         named = configured.intersection(row.homes)
-        untold = self._store.end(self._access(row), None, also=named)
+        # Who reads the report acts on it: it counts what SQL has committed.
+        access = self._access(row)
+        untold = self._store.end(access, None, also=named, in_debt=False)
         report.ended += 1
         report.untold += bool(untold)
         report.foreign += not configured.issuperset(row.homes)
@@ -164,7 +168,7 @@ class Revoker:
         return Access(row.session_key, self._keyring, self._timing, self._until())
 
     def _until(self) -> float:
-        return self._clock.monotonic() + _STEP_SECONDS
+        return self._clock.monotonic() + self._step_seconds
 
 
 def _info(row: Row) -> SessionInfo:

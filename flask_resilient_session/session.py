@@ -286,20 +286,25 @@ class LazySession(Session):
         # Code in C that asks for dict's own size, as json's encoder does before it
         # asks for the items, must not take it for empty.
         dict.__setitem__(self, "", None)
-        self._loading = threading.Lock()
+        self._loading = threading.RLock()
+        self._under_way = False
 
     @property
     def new(self) -> bool:  # type: ignore[override]
         """Whether nothing is stored under its id yet; loads to find out."""
         self.ensure_loaded()
-        return self.new
+        return False if isinstance(self, LazySession) else self.new
 
     def ensure_loaded(self) -> None:
         """Load the data."""
         self.accessed = True
         with self._loading:
-            if isinstance(self, LazySession):
-                self.visit.load(self)
+            if isinstance(self, LazySession) and not self._under_way:
+                self._under_way = True
+                try:
+                    self.visit.load(self)
+                finally:
+                    self._under_way = False
 
 
 #: Every method of dict that looks at the data or changes it.
@@ -312,12 +317,24 @@ _DATA_METHODS: Final = (
 )
 
 
+#: Those of them that change it.
+_WRITES: Final = frozenset(
+    {"__delitem__", "__ior__", "__setitem__", "clear", "pop", "popitem"}
+    | {"setdefault", "update"}
+)
+
+
 def _loading(name: str) -> Any:
     """A method that loads the data and then is the loaded session's."""
 
     def method(self: LazySession, *args: Any, **kwargs: Any) -> Any:
         self.ensure_loaded()
-        return getattr(self, name)(*args, **kwargs)
+        if not isinstance(self, LazySession):
+            return getattr(self, name)(*args, **kwargs)
+        # A listener or a log filter looks at the session while it is being loaded.
+        if name in _WRITES:
+            raise RuntimeError("The session is being loaded and cannot be changed yet.")
+        return getattr({}, name)(*args, **kwargs)
 
     method.__name__ = name
     return method

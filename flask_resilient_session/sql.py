@@ -29,7 +29,7 @@ from .connections import (
     plain_engine,
 )
 from .deadline import TimeLimit, TooLate, time_limit
-from .errors import SqlUnavailable
+from .errors import SqlBusy, SqlUnavailable
 from .rows import UPDATED, USER_ID_LENGTH, Row, columns_of, define_table, row_of
 from .sql_errors import MIGRATE, explain, is_duplicate, was_undone
 
@@ -392,7 +392,7 @@ class SqlTable:
         """Make a call on a connection, within the time that is left."""
         remaining = deadline - self._monotonic()
         if remaining <= 0:
-            raise SqlUnavailable("no time left for SQL in this request's budget")
+            raise SqlBusy("no time left for SQL in this request's budget")
         if not patient:
             remaining = min(remaining, self._sql_timeout)
         with time_limit(remaining) as limit:
@@ -401,6 +401,8 @@ class SqlTable:
                 try:
                     engine = self._ready_engine(remaining)
                     return self._once(engine, call, limit)
+                except sa.exc.TimeoutError as error:
+                    raise SqlBusy("every connection to SQL is in use") from error
                 except sa.exc.SQLAlchemyError as error:
                     broken = getattr(error, "connection_invalidated", False)
                     failed += broken
@@ -545,7 +547,7 @@ class _Process:
     def place(self, limit: TimeLimit) -> Iterator[None]:
         """One of the pool's connections, waited for no longer than there is time."""
         if not self._places.acquire(timeout=limit.remaining):
-            raise TooLate("every connection to SQL is in use")
+            raise SqlBusy("every connection to SQL is in use")
         try:
             yield
         finally:

@@ -71,6 +71,15 @@ class Store:
         self.save = saver.save
         self.end = ender.end
         self.move = ender.move
+        self._steps = steps
+
+    def renew(self) -> None:
+        """Start anew in a forked child: locks that others hold there stay held."""
+        self.homes.cluster.renew()
+        self.durable.renew()
+        self._steps.trust.renew()
+        self._steps.turns.renew()
+        self._steps.observer.stats.renew()
 
 
 __all__ = ["Changes", "Store"]

@@ -55,6 +55,11 @@ class Trust:
             with self._lock:
                 self._vouched.pop(session_key, None)
 
+    def renew(self) -> None:
+        """Start anew in a forked child."""
+        self._lock = threading.Lock()
+        self._vouched.clear()
+
     def trusted(
         self, session_key: str, replies: Mapping[str, Reply], now: float
     ) -> Record | None:

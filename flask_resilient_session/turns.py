@@ -44,3 +44,8 @@ class Turns:
                 if self._last.get(key) is mine:
                     del self._last[key]
             mine.set()
+
+    def renew(self) -> None:
+        """Start anew in a forked child, where nobody waits."""
+        self._lock = threading.Lock()
+        self._last.clear()

@@ -25,11 +25,12 @@ class Outage:
             self._site.break_sql(self._patch)
 
     def end(self) -> None:
-        """Give everything back."""
+        """Give everything back, and let nothing be skipped any more."""
         self._patch.undo()
         for node in self._site.nodes:
             if not node.alive:
                 node.start()
+        self._site.state.store.renew()
 
 
 def with_session(site: Site) -> Site:

@@ -264,6 +264,9 @@ class FakeNode:
         self._ticks = 0
         self._idle: list[tuple[int, int]] = []
 
+    def drop_idle(self) -> None:
+        """Nothing idles here."""
+
     def has_idle(self) -> bool:
         """Whether sending needs no connecting first."""
         return bool(self._idle)
