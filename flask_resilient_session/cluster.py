@@ -162,13 +162,16 @@ class Cluster:
         The node works through a connection in order, so that a later read on it
         sees them.
         """
+        told = False
         for name, request in requests:
-            node = self._admitted(name)
-            if node is None:
-                continue
+            if self._breakers[name].suspect:
+                continue  # nobody would learn whether it answers again
             until = min(self._clock.monotonic() + self._node_timeout, deadline)
-            node.send(request, until, one_way=True).release_unanswered()
-        self._observer.count("one_way_writes")
+            sent = self._nodes[name].send(request, until, one_way=True)
+            sent.release_unanswered()
+            told = True
+        if told:
+            self._observer.count("one_way_writes")
 
     def _open(
         self,
