@@ -206,7 +206,9 @@ def test_a_frozen_server_and_many_requests(
     job = partial(table.read, KEY, soon(PATIENCE))
     failures = run_together(*[job] * (POOL_SIZE + POOL_OVERFLOW + 5))
     assert time.monotonic() - started < PATIENCE + SLACK
-    assert {type(failure) for failure in failures} == {SqlUnavailable}
+    # Those that got no connection know that it may not be the server's fault.
+    assert {type(failure) for failure in failures} <= {SqlUnavailable, SqlBusy}
+    assert SqlUnavailable in {type(failure) for failure in failures}
     assert threading.active_count() == threads_before
     database.thaw()
     wait_until(lambda: _answers(table), 20.0, "the server to answer again")
@@ -526,7 +528,7 @@ gevent.monkey.patch_all()
 import gevent, sys, time
 import sqlalchemy as sa
 from flask_resilient_session.clock import SystemClock
-from flask_resilient_session.errors import SqlUnavailable
+from flask_resilient_session.errors import SqlBusy, SqlUnavailable
 from flask_resilient_session.connections import plain_engine
 from flask_resilient_session.sql import SqlTable, define_table
 
