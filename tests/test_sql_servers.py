@@ -31,7 +31,7 @@ from flask_resilient_session.connections import (
     POOL_SIZE,
     own_engine,
 )
-from flask_resilient_session.errors import SetupError, SqlUnavailable
+from flask_resilient_session.errors import SetupError, SqlBusy, SqlUnavailable
 from flask_resilient_session.sql import SqlTable
 from misbehaving import in_child, run_together
 from servers import free_port, wait_until
@@ -528,7 +528,7 @@ gevent.monkey.patch_all()
 import gevent, sys, time
 import sqlalchemy as sa
 from flask_resilient_session.clock import SystemClock
-from flask_resilient_session.errors import SqlBusy, SqlUnavailable
+from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.connections import plain_engine
 from flask_resilient_session.sql import SqlTable, define_table
 
