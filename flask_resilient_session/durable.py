@@ -120,10 +120,8 @@ class Durable:
                     lambda until: self._sql.read(access.session_key, until),
                     access.deadline,
                 )
-        except SqlBusy as error:
-            return SqlSilent(str(error), busy=True)
         except SqlUnavailable as error:
-            return SqlSilent(str(error))
+            return silence(error)
         return RowMissing() if row is None else self.open_row(row, access.keyring)
 
     def open_row(self, row: Row, keyring: Keyring) -> RowAnswer:
@@ -341,6 +339,11 @@ class Durable:
             self._sql.bury(row, deadline, has_row=True)
         except SqlUnavailable:
             self._debts.append(row)
+
+
+def silence(error: SqlUnavailable) -> SqlSilent:
+    """What it means for a session that SQL was not asked, or did not answer."""
+    return SqlSilent(str(error), busy=isinstance(error, SqlBusy))
 
 
 def user_id_column(user: object) -> str | None:

@@ -207,7 +207,7 @@ class ResilientSession:
 
         :param options: the fields of :class:`~flask_resilient_session.ReapOptions`.
         """
-        app = current_app._get_current_object()  # type: ignore[attr-defined]
+        app = _app()
         return _state(app).new_reaper(app).run(ReapOptions(**options))
 
 
@@ -326,7 +326,7 @@ def _reap_sometimes(state: AppState) -> Callable[[Response], Response]:
 
     def after_request(response: Response) -> Response:
         if random.random() < state.settings.reap_probability:
-            app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+            app = _app()
             response.call_on_close(lambda: _reap_after_response(app, state))
         return response
 
@@ -353,8 +353,14 @@ def _state(app: Flask) -> AppState:
     return state
 
 
+def _app() -> Flask:
+    """The current application itself, which outlives its proxy."""
+    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    return app
+
+
 def _current() -> AppState:
-    return _state(current_app._get_current_object())  # type: ignore[attr-defined]
+    return _state(_app())
 
 
 def _somebody(user_id: object) -> object:
@@ -365,7 +371,7 @@ def _somebody(user_id: object) -> object:
 
 
 def _current_revoker() -> Revoker:
-    app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
+    app = _app()
     state = _state(app)
     # For a request: commands have more patience.
     return state.new_revoker(app, state.settings.request_budget)

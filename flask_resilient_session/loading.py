@@ -8,8 +8,8 @@ from typing import Final
 
 from .access import Access
 from .clock import Clock
-from .durable import Durable
-from .errors import SqlBusy, SqlUnavailable
+from .durable import Durable, silence
+from .errors import SqlUnavailable
 from .events import Observer, logger, session_recovered, short
 from .homes import Homes
 from .record import Corrupt, Hit, Record, Reply
@@ -133,8 +133,7 @@ class Loader:
         try:
             inserted = self._durable.insert(access, record)
         except SqlUnavailable as error:
-            busy = isinstance(error, SqlBusy)
-            row: RowAnswer = SqlSilent(str(error), busy=busy)
+            row: RowAnswer = silence(error)
         else:
             if inserted is not None:
                 return confirmed(inserted, replies)
