@@ -100,6 +100,10 @@ class Cluster:
         """Names of the nodes that this process skips at the moment."""
         return frozenset(n for n, b in self._breakers.items() if b.suspect)
 
+    def suspects_any(self, names: Sequence[str]) -> bool:
+        """Whether this process skips one of these nodes at the moment."""
+        return any(self._breakers[name].suspect for name in names)
+
     def close(self) -> None:
         """Close all idle connections; the next exchange opens new ones."""
         for node in self._nodes.values():
@@ -196,7 +200,7 @@ class Cluster:
             return Hit(known.copy, token)
         copy = keyring.unseal(session_key, parsed.data)
         if isinstance(copy, UnknownFormat):
-            return Unreachable("a record under a key or format unknown here")
+            return Unreachable("a record under a key or format unknown here", True)
         if isinstance(copy, CorruptBytes):
             return Corrupt(token)
         opened[parsed.data] = hit = Hit(copy, token)

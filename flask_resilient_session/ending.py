@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Final
 
 from .access import Access
 from .errors import SessionTooLarge, SessionUnavailable, SqlUnavailable
@@ -30,6 +31,10 @@ from .replication import PAIR, Gone, Live, Standing, Unknown
 from .saving import Saver
 from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
 from .wire import Ack
+
+#: How often a finished move tries to carry over what it found late: SQL may have to
+#: be asked, and nobody can be told to come again any more.
+_CARRY_ATTEMPTS: Final = 3
 
 
 class Ender:
@@ -81,6 +86,7 @@ class Ender:
             self._durable.owe(access, tombstone, record)
         else:
             acks = self._homes.bury(access, tombstone, names)
+            self._homes.bury_at_stand_in(access, tombstone, acks)
         self._observer.count("revoked")
         self._observer.send(session_revoked, session=short(access.session_key))
         return frozenset(n for n, ack in acks.items() if ack is Ack.UNREACHABLE)
@@ -174,14 +180,17 @@ class Ender:
         requests = [*burials, *placements]
         acks = self._homes.cluster.write(requests, old.deadline)[: len(burials)]
         asked = [name for name, _ in burials]
+        told: dict[str, Ack] = {}
         found: Record | None = None
         for _ in range(MAX_ATTEMPTS):
             answers = dict(zip(asked, acks, strict=True))
+            told |= answers
             # One without room for a tombstone drops the copy, and is not asked again.
             refused = [n for n, ack in answers.items() if ack is Ack.REFUSED]
             self._homes.bury(old, tombstone, refused)
             changed = [n for n, ack in answers.items() if ack is Ack.CONFLICT]
             if not changed:
+                self._homes.bury_at_stand_in(old, tombstone, told)
                 return found
             places: dict[str, Token | None] = {}
             for name, reply in self._homes.read(old, changed).items():
@@ -215,14 +224,20 @@ class Ender:
         }
         if not missed:
             return
-        try:
-            verdict = self._loader.load(new)
-            if isinstance(verdict, Live):
-                self._saver.save(new, verdict, missed)
-                return
-            why: object = NOBODY
-        except (SessionTooLarge, SessionUnavailable) as error:
-            why = error.description
+        why: object = NOBODY
+        for _ in range(_CARRY_ATTEMPTS):
+            try:
+                verdict = self._loader.load(new)
+                if isinstance(verdict, Live):
+                    verdict = self._saver.save(new, verdict, missed)
+                if not isinstance(verdict, Unknown):
+                    # Kept, or ended meanwhile, and then nobody misses it.
+                    return
+            except SessionUnavailable as error:
+                why = error.description
+            except SessionTooLarge as error:
+                why = error.description
+                break
         self._observer.count("dropped_changes")
         name = short(new.session_key)
         logger.error("Changes made while session %s moved were lost: %s", name, why)

@@ -269,7 +269,7 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         flights=Flights(),
     )
     store = Store(
-        homes=Homes(ring, cluster),
+        homes=Homes(ring, cluster, stand_ins=settings.stand_in),
         durable=durable,
         max_bytes=settings.max_bytes,
         clock=clock,

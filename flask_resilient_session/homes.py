@@ -12,12 +12,16 @@ from .access import Access
 from .cluster import Cluster
 from .record import Copy, Record, Reply, Token, Tombstone
 from .replication import (
+    PAIR,
     expires_ms,
     exptime_seconds,
+    longest_rest_ms,
+    places_of,
     to_remove,
     tombstone_expires_ms,
 )
 from .ring import Ring
+from .stand_in import to_be_told, with_what_stands
 from .wire import Ack, Request
 
 #: How long the homes remember that SQL knows no such session: a genuine cookie of a
@@ -30,15 +34,37 @@ class Homes:
 
     :param ring: gives each session its homes.
     :param cluster: the nodes.
+    :param stand_ins: whether the next node stands in for a home that is down.
     """
 
-    def __init__(self, ring: Ring, cluster: Cluster) -> None:
+    def __init__(self, ring: Ring, cluster: Cluster, *, stand_ins: bool = True) -> None:
         self.ring = ring
         self.cluster = cluster
+        self._stand_ins = stand_ins
 
     def names(self, access: Access) -> tuple[str, ...]:
         """The session's homes by configuration, whatever their health."""
         return self.ring.homes(access.session_key)
+
+    def stand_in(self, access: Access) -> str | None:
+        """The node that stands in for a home that is down, if there is one."""
+        if not self._stand_ins or len(self.names(access)) < PAIR:
+            return None
+        return self.ring.stand_in(access.session_key)
+
+    def read_all(self, access: Access) -> tuple[dict[str, Reply], dict[str, Reply]]:
+        """What each home holds, and while one is skipped the stand-in, too.
+
+        :returns: replies by home, and the stand-in's by its name, where it was asked;
+            in one round trip.
+        """
+        homes = self.names(access)
+        if self.cluster.suspects_any(homes):
+            stand_in = self.stand_in(access)
+            if stand_in is not None:
+                replies = self.read(access, (*homes, stand_in))
+                return replies, {stand_in: replies.pop(stand_in)}
+        return self.read(access, homes), {}
 
     def read(
         self, access: Access, names: Sequence[str] | None = None
@@ -65,7 +91,12 @@ class Homes:
         """The writes that put a copy where ``places`` were read."""
         data, exptime = self._sealed(access, copy, now_ms)
         return [
-            (name, self.cluster.place(access.session_key, data, exptime, token))
+            (
+                name,
+                self.cluster.place(
+                    access.session_key, data, self._at(name, access, exptime), token
+                ),
+            )
             for name, token in places.items()
         ]
 
@@ -96,10 +127,44 @@ class Homes:
         wins the first home has won.
         """
         acks: dict[str, Ack] = {}
-        for name in self.names(access):
-            if name in places and Ack.CONFLICT not in acks.values():
+        # In the same order for everybody: the homes' on the ring, then the stand-in.
+        homes = [name for name in self.names(access) if name in places]
+        for name in dict.fromkeys((*homes, *places)):
+            if Ack.CONFLICT not in acks.values():
                 acks |= self.write(access, copy, {name: places[name]}, now_ms)
         return acks
+
+    def tell_stand_in(
+        self, access: Access, record: Record, acks: Mapping[str, Ack], now_ms: int
+    ) -> None:
+        """Let the stand-in know of a change that SQL has and not both homes took.
+
+        :param acks: answers of the nodes that were written.
+        """
+        for name in self._untold(access, acks):
+            replies = self.read(access, (name,))
+            joined = with_what_stands(record, replies[name])
+            if joined is None:
+                return
+            told = self.write(access, joined, places_of(replies), now_ms)
+            # Whatever it holds instead must not agree with an old copy on a home.
+            self._remove(access, [n for n, ack in told.items() if ack != Ack.STORED])
+
+    def bury_at_stand_in(
+        self, access: Access, tombstone: Tombstone, acks: Mapping[str, Ack]
+    ) -> None:
+        """Let the stand-in know of an end that not both homes took.
+
+        :param acks: answers of the nodes that were written.
+        """
+        self.bury(access, tombstone, self._untold(access, acks))
+
+    def _untold(self, access: Access, acks: Mapping[str, Ack]) -> list[str]:
+        """The stand-in, where it has to be told."""
+        name = self.stand_in(access)
+        if name is None or not to_be_told(name, self.names(access), acks):
+            return []
+        return [name]
 
     def tell(
         self,
@@ -118,8 +183,11 @@ class Homes:
     ) -> list[tuple[str, Request]]:
         """The writes that put a tombstone over whatever these homes hold."""
         data, exptime = self._sealed(access, tombstone, tombstone.ended_ms)
-        request = self.cluster.bury(access.session_key, data, exptime)
-        return [(name, request) for name in names]
+        key = access.session_key
+        return [
+            (name, self.cluster.bury(key, data, self._at(name, access, exptime)))
+            for name in names
+        ]
 
     def bury(
         self, access: Access, tombstone: Tombstone, names: Sequence[str]
@@ -151,14 +219,25 @@ class Homes:
         if requests:
             self.cluster.write(requests, access.deadline)
 
-    def remove_refused(self, access: Access, acks: Mapping[str, Ack]) -> None:
-        """Remove the old copies that still agree, after SQL alone took a change."""
-        self._remove(access, to_remove(acks))
+    def remove_refused(
+        self,
+        access: Access,
+        acks: Mapping[str, Ack],
+        places: Mapping[str, Token | None],
+    ) -> None:
+        """Remove an old copy that still agrees, after SQL alone took a change."""
+        self._remove(access, to_remove(acks, places))
 
     def _remove(self, access: Access, names: Sequence[str]) -> None:
         if names:
             request = self.cluster.remove(access.session_key)
             self.cluster.write([(name, request) for name in names], access.deadline)
+
+    def _at(self, name: str, access: Access, exptime: int) -> int:
+        """The time to live on this node: a stand-in's ends when it is not believed."""
+        if name != self.stand_in(access):
+            return exptime
+        return min(exptime, longest_rest_ms(access.timing) // 1000)
 
     def _sealed(self, access: Access, copy: Copy, now_ms: int) -> tuple[bytes, int]:
         if isinstance(copy, Tombstone):

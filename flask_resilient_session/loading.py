@@ -22,6 +22,7 @@ from .replication import (
     SqlSilent,
     Standing,
     Unknown,
+    buried_at,
     confirmed,
     expires_ms,
     judge_copies,
@@ -29,7 +30,9 @@ from .replication import (
     overdue,
     torn,
 )
+from .stand_in import judge_stand_in, with_stand_in
 from .trust import Trust
+from .wire import Ack
 
 #: The log says at most this often that workers differ in their nodes.
 _NOTICE_SECONDS: Final = 60.0
@@ -64,7 +67,7 @@ class Loader:
 
         :param ask_sql: ask SQL even where the homes agree.
         """
-        replies = self._homes.read(access)
+        replies, stand_in = self._homes.read_all(access)
         verdict = judge_copies(replies, access.timing, self._clock.now_ms())
         if verdict is None and not ask_sql and torn(replies):
             replies = self._homes.read(access)
@@ -72,15 +75,18 @@ class Loader:
         self._count_corrupt(replies)
         if verdict is None:
             self._notice_other_homes(access, replies)
+            verdict = judge_stand_in(
+                replies, stand_in, access.timing, self._clock.now_ms()
+            )
         if isinstance(verdict, Gone):
-            return self._spread(access, verdict)
+            return self._spread(access, verdict, {**replies, **stand_in})
         if verdict is None and not ask_sql:
             verdict = self._trusted(access, replies)
         if verdict is None or ask_sql:
-            return self._widen(access, replies)
+            return self._widen(access, replies, stand_in)
         if overdue(verdict.record, access.timing, self._clock.now_ms()):
-            return self._widen(access, replies, otherwise=verdict)
-        self._observer.count("loaded_from_memory")
+            return self._widen(access, replies, stand_in, otherwise=verdict)
+        self._count_loaded(verdict)
         return verdict
 
     def peek(self, access: Access, names: Sequence[str]) -> dict[str, Reply]:
@@ -99,21 +105,22 @@ class Loader:
         self,
         access: Access,
         replies: Mapping[str, Reply],
+        stand_in: Mapping[str, Reply],
         otherwise: Live | None = None,
     ) -> Live | Gone | Unknown:
-        """Ask SQL what the homes did not settle.
+        """Ask SQL what the nodes did not settle.
 
         :param otherwise: what they did settle, for when SQL does not answer.
         """
         row = self._durable.read(access)
         if otherwise is not None and isinstance(row, SqlSilent):
-            self._observer.count("loaded_from_memory")
+            self._count_loaded(otherwise)
             return otherwise
         verdict = judge_row(replies, row, access.timing, self._clock.now_ms())
         if isinstance(verdict, InsertFirst):
             verdict = self._insert_first(access, replies, verdict.record)
         if isinstance(verdict, Gone):
-            return self._spread(access, verdict)
+            return self._spread(access, verdict, {**replies, **stand_in})
         if isinstance(verdict, Unknown):
             self._observer.count("unavailable")
         elif verdict.standing is Standing.UNVERIFIED:
@@ -123,6 +130,7 @@ class Loader:
             self._trust.vouch(access.session_key, verdict.record, now)
             self._observer.count("loaded_from_sql")
             self._observer.send(session_recovered, session=short(access.session_key))
+            return with_stand_in(verdict, replies, stand_in)
         return verdict
 
     def _insert_first(
@@ -145,8 +153,8 @@ class Loader:
         assert not isinstance(verdict, InsertFirst)
         return verdict
 
-    def _spread(self, access: Access, gone: Gone) -> Gone:
-        """Tell the homes that a session is gone, and pay a tombstone's debt to SQL."""
+    def _spread(self, access: Access, gone: Gone, replies: Mapping[str, Reply]) -> Gone:
+        """Tell the nodes that a session is gone, and pay a tombstone's debt to SQL."""
         self._trust.forget(access.session_key)
         tombstone, names = gone.tombstone, gone.spread
         if tombstone is None:
@@ -161,7 +169,9 @@ class Loader:
                 self._observer.count("syncs_put_off")
             else:
                 tombstone, names = paid, self._homes.names(access)
-        self._homes.bury(access, tombstone, names)
+        acks = dict.fromkeys(buried_at(replies), Ack.STORED)
+        acks |= self._homes.bury(access, tombstone, names)
+        self._homes.bury_at_stand_in(access, tombstone, acks)
         return gone
 
     def _notice_other_homes(self, access: Access, replies: Mapping[str, Reply]) -> None:
@@ -182,6 +192,11 @@ class Loader:
                     ", ".join(replies),
                 )
                 return
+
+    def _count_loaded(self, settled: Live) -> None:
+        self._observer.count("loaded_from_memory")
+        if settled.standing is Standing.STOOD_IN:
+            self._observer.count("loaded_by_stand_in")
 
     def _count_corrupt(self, replies: Mapping[str, Reply]) -> None:
         corrupt = sum(isinstance(reply, Corrupt) for reply in replies.values())

@@ -265,9 +265,13 @@ class Miss:
 
 @dataclass(frozen=True, slots=True)
 class Unreachable:
-    """No answer, or one that cannot be used: it says nothing about the session."""
+    """No answer, or one that cannot be used: it says nothing about the session.
+
+    :ivar sealed: the node does hold a record, under a key or format unknown here.
+    """
 
     reason: str
+    sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ class Standing(enum.Enum):
 
     #: Both homes hold the same state.
     AGREED = "agreed"
+    #: One home is silent; the other and the stand-in hold the same state.
+    STOOD_IN = "stood in"
     #: SQL settled what the homes could not.
     CONFIRMED = "confirmed"
     #: SQL could not be asked; this is what the reachable copies hold.
@@ -84,7 +86,8 @@ class Gone:
 
     :ivar reason: ``missing`` is a session that SQL has never heard of or has reaped.
     :ivar ended_ms: when it was ended or moved; 0 otherwise.
-    :ivar tombstone: what to write to the homes named in ``spread``.
+    :ivar tombstone: what to write to the homes named in ``spread``; None where nobody
+        needs to be told, or may be.
     :ivar noted_at: homes, as in :class:`Live`, where it can be noted that SQL knows
         no such session.
     """
@@ -213,9 +216,9 @@ def judge_copies(
 
     :param replies: home -> reply, for all of the session's homes.
     """
-    tombstone = _tombstone(replies)
+    tombstone = tombstone_of(replies)
     if tombstone is not None:
-        return _buried(tombstone, replies)
+        return buried(tombstone, replies)
     hits = [reply for reply in replies.values() if isinstance(reply, Hit)]
     if len(hits) != len(replies) or len(hits) < PAIR:
         return None
@@ -226,7 +229,7 @@ def judge_copies(
     for hit in hits:
         copy = hit.copy
         assert isinstance(copy, Record)
-        if not _vouches(copy, names) or not same_state(copy, first):
+        if not vouches(copy, names) or not same_state(copy, first):
             return None
         if copy is not first:
             record = join_records(record, copy)
@@ -244,7 +247,12 @@ def overdue(record: Record, timing: Timing, now_ms: int) -> bool:
     once more before: for twice the interval it may, and no longer.
     """
     rested_ms = now_ms - record.synced_ms
-    return not record.never_synced and rested_ms >= 2 * timing.sync_ms + _SLACK_MS
+    return not record.never_synced and rested_ms >= longest_rest_ms(timing)
+
+
+def longest_rest_ms(timing: Timing) -> int:
+    """How long nodes are believed that have not heard of SQL."""
+    return 2 * timing.sync_ms + _SLACK_MS
 
 
 def torn(replies: Mapping[str, Reply]) -> bool:
@@ -257,7 +265,7 @@ def torn(replies: Mapping[str, Reply]) -> bool:
     return len(replies) >= PAIR and all(
         isinstance(reply, Hit)
         and isinstance(reply.copy, Record)
-        and _vouches(reply.copy, names)
+        and vouches(reply.copy, names)
         for reply in replies.values()
     )
 
@@ -268,23 +276,17 @@ def judge_row(
     """What homes and SQL together say, where the homes alone did not settle it."""
     copies = [hit.copy for _, hit in _hits(replies) if isinstance(hit.copy, Record)]
     if isinstance(row, RowDead):
-        gone = _buried(row.tombstone, replies)
-        moved = row.tombstone.reason == "moved"
-        if moved and now_ms - row.tombstone.ended_ms < MOVE_AT_WORK_MS:
-            # A move buries the old copies by compare-and-swap, to find what others
-            # had acknowledged there meanwhile: nobody else may bury them now.
-            return replace(gone, spread=())
-        return gone
+        return buried_once_moved(row.tombstone, replies, now_ms)
     if isinstance(row, SqlSilent):
         if row.busy or not copies:
             return Unknown()
         record = replace(_join_all(copies), unverified=True)
         if expires_ms(record, timing) <= now_ms:
             return Unknown()
-        return Live(record, Standing.UNVERIFIED, _places(replies))
+        return Live(record, Standing.UNVERIFIED, places_of(replies))
     if isinstance(row, RowMissing):
         if not copies or not all(copy.never_synced for copy in copies):
-            return Gone("missing", noted_at=_places(replies))
+            return Gone("missing", noted_at=places_of(replies))
         record = _join_all(copies)
     elif isinstance(row, RowCorrupt):
         if not copies:
@@ -314,8 +316,8 @@ def confirmed(record: Record, replies: Mapping[str, Reply]) -> Live:
     """A session that SQL vouches for, and the homes that must be told."""
     record = replace(record, never_synced=False, unverified=False)
     names = frozenset(replies)
-    places = _places(replies)
-    repairs = tuple(name for name in places if not _holds(replies[name], record, names))
+    places = places_of(replies)
+    repairs = tuple(name for name in places if not holds(replies[name], record, names))
     return Live(record, Standing.CONFIRMED, places, repairs)
 
 
@@ -330,17 +332,19 @@ def _join_all(records: Sequence[Record]) -> Record:
     return joined
 
 
-def _vouches(copy: Record, homes: frozenset[str]) -> bool:
+def vouches(copy: Record, homes: frozenset[str]) -> bool:
+    """Whether a copy counts as a word on the session with these homes."""
     # A copy that names other homes was written under another configuration: its
     # writers may since have gone on elsewhere.
     return not copy.unverified and frozenset(copy.homes) == homes
 
 
-def _holds(reply: Reply, record: Record, homes: frozenset[str]) -> bool:
+def holds(reply: Reply, record: Record, homes: frozenset[str]) -> bool:
+    """Whether a node holds exactly what SQL vouched for."""
     return (
         isinstance(reply, Hit)
         and isinstance(reply.copy, Record)
-        and _vouches(reply.copy, homes)
+        and vouches(reply.copy, homes)
         and not reply.copy.never_synced
         # One that has not heard of the last sync would try it again.
         and reply.copy.row_version == record.row_version
@@ -348,7 +352,8 @@ def _holds(reply: Reply, record: Record, homes: frozenset[str]) -> bool:
     )
 
 
-def _places(replies: Mapping[str, Reply]) -> dict[str, Token | None]:
+def places_of(replies: Mapping[str, Reply]) -> dict[str, Token | None]:
+    """Where a copy can be written, as in :class:`Live`."""
     places: dict[str, Token | None] = {}
     for name, reply in replies.items():
         if isinstance(reply, (Hit, Corrupt)):
@@ -358,7 +363,13 @@ def _places(replies: Mapping[str, Reply]) -> dict[str, Token | None]:
     return places
 
 
-def _tombstone(replies: Mapping[str, Reply]) -> Tombstone | None:
+def buried_at(replies: Mapping[str, Reply]) -> list[str]:
+    """The nodes that hold a tombstone already."""
+    return [n for n, hit in _hits(replies) if isinstance(hit.copy, Tombstone)]
+
+
+def tombstone_of(replies: Mapping[str, Reply]) -> Tombstone | None:
+    """What stands for the session where any of these nodes holds a tombstone."""
     found: Tombstone | None = None
     for _, hit in _hits(replies):
         if isinstance(hit.copy, Tombstone):
@@ -366,7 +377,8 @@ def _tombstone(replies: Mapping[str, Reply]) -> Tombstone | None:
     return found
 
 
-def _buried(tombstone: Tombstone, replies: Mapping[str, Reply]) -> Gone:
+def buried(tombstone: Tombstone, replies: Mapping[str, Reply]) -> Gone:
+    """A session that is dead, and the nodes that must be told."""
     spread = tuple(
         name
         for name, reply in replies.items()
@@ -374,6 +386,23 @@ def _buried(tombstone: Tombstone, replies: Mapping[str, Reply]) -> Gone:
         and not (isinstance(reply, Hit) and isinstance(reply.copy, Tombstone))
     )
     return Gone(tombstone.reason, tombstone.ended_ms, tombstone, spread)
+
+
+def buried_once_moved(
+    tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int
+) -> Gone:
+    """:func:`buried`, but by nobody else while a move is at work.
+
+    A move buries the old copies by compare-and-swap, to find what others had
+    acknowledged there meanwhile. What both homes took it finds on either, so that one
+    home's tombstone may be copied to the other at any time; SQL's and the stand-in's
+    may not.
+    """
+    gone = buried(tombstone, replies)
+    at_work = now_ms - tombstone.ended_ms < MOVE_AT_WORK_MS
+    if at_work and gone.reason == "moved":
+        return replace(gone, tombstone=None, spread=())
+    return gone
 
 
 # --- writing ---------------------------------------------------------------------
@@ -457,16 +486,20 @@ def judge_acks(acks: Mapping[str, Ack], *, homes: int, in_sql: bool) -> Outcome:
     return Outcome.SQL_NOW
 
 
-def to_remove(acks: Mapping[str, Ack]) -> list[str]:
+def to_remove(acks: Mapping[str, Ack], places: Mapping[str, Token | None]) -> list[str]:
     """The home whose old copy must go, after SQL took a change that no home did.
 
     A refused write leaves the old value readable. Two such copies would still agree
     with each other, and nobody would ask SQL. One is enough, and no more: there may
     be room again, and the other home may have taken another request's write since.
+
+    :param places: what stood where it was written, as in :class:`Live`: what stood
+        somewhere goes first, so that others who have read the same write in vain.
     """
     if Ack.STORED in acks.values():
         return []
-    return [name for name, ack in acks.items() if ack is Ack.REFUSED][:1]
+    refused = [name for name, ack in acks.items() if ack is Ack.REFUSED]
+    return sorted(refused, key=lambda name: places.get(name) is None)[:1]
 
 
 # --- reaping ---------------------------------------------------------------------
@@ -526,7 +559,7 @@ def may_reap(
         # A copy that could still be served is the reason to keep the tombstone.
         alive = any(expires_ms(copy, timing) > now_ms for copy in copies)
         return Keep("a node still holds a copy") if alive else Reap()
-    tombstone = _tombstone(replies)
+    tombstone = tombstone_of(replies)
     if tombstone is not None:
         return Bury(replace(tombstone, debt=False))
     if isinstance(row, RowLive):

@@ -170,7 +170,9 @@ class Saver:
             raise _Conflict(ask_sql=in_sql)
         if outcome is Outcome.SQL_NOW:
             record = self._write_row_now(access, live, record)
-        self._homes.remove_refused(access, acks)
+        self._homes.remove_refused(access, acks, live.places)
+        if outcome is Outcome.SQL_NOW or in_sql:
+            self._homes.tell_stand_in(access, record, acks, now_ms)
         return replace(live, record=record)
 
     def _to_store(

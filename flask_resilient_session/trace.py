@@ -33,7 +33,9 @@ class SessionTrace:
 
     digest: str | None
     homes: tuple[str, ...]
-    standing: Literal["new", "agreed", "confirmed", "unverified", "unavailable", "gone"]
+    standing: Literal[
+        "new", "agreed", "stood in", "confirmed", "unverified", "unavailable", "gone"
+    ]
     found: Mapping[str, HomeState] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
     synced_ms: int = 0

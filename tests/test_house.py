@@ -33,6 +33,7 @@ LEVELS = {
     # decisions
     "access": 3,
     "replication": 3,
+    "stand_in": 4,
     # one server each
     "node": 2,
     "rows": 1,
@@ -46,35 +47,35 @@ LEVELS = {
     "trust": 2,
     # all copies, the row
     "cluster": 3,
-    "homes": 4,
+    "homes": 5,
     "durable": 4,
     # the order of steps
-    "loading": 5,
-    "steps": 5,
-    "saving": 6,
-    "ending": 7,
-    "store": 8,
+    "loading": 6,
+    "steps": 6,
+    "saving": 7,
+    "ending": 8,
+    "store": 9,
     # a request and its cookie
     "session": 2,
     "cookie": 2,
     "keys": 4,
-    "visit": 9,
-    "trace": 10,
-    "interface": 11,
+    "visit": 10,
+    "trace": 11,
+    "interface": 12,
     # upkeep
-    "reaper": 9,
-    "revocation": 9,
-    "cli": 10,
+    "reaper": 10,
+    "revocation": 10,
+    "cli": 11,
     # all of it, put together
     "engines": 4,
-    "extension": 12,
-    "__init__": 13,
+    "extension": 13,
+    "__init__": 14,
 }
 
 #: Rooms that get everything as arguments: their functions only compute.
 PURE = {
     *("ring", "health", "record", "codec", "config", "addresses", "wire"),
-    *("replication", "access", "envelope"),
+    *("replication", "stand_in", "access", "envelope"),
 }
 IMPURE_MODULES = {
     *("socket", "select", "selectors", "ssl", "time", "random", "os", "io", "pathlib"),

@@ -314,4 +314,9 @@ def test_which_old_copies_must_go(first: Ack, second: Ack) -> None:
     """One that refused, unless the other home's new copy disagrees anyway."""
     acks = {"a": first, "b": second}
     refused = [name for name, ack in acks.items() if ack is Ack.REFUSED]
-    assert to_remove(acks) == ([] if Ack.STORED in (first, second) else refused[:1])
+    if Ack.STORED in (first, second):
+        refused = []
+    token = Token(1, 1)
+    assert to_remove(acks, {"a": token, "b": token}) == refused[:1]
+    # What stands nowhere need not go, and who has read it would not notice.
+    assert to_remove(acks, {"a": None, "b": token}) == refused[-1:]

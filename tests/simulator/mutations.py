@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from flask_resilient_session import homes, loading, replication, saving
+from flask_resilient_session import homes, loading, replication, saving, stand_in
 from flask_resilient_session.access import Access
 from flask_resilient_session.cluster import Cluster
 from flask_resilient_session.durable import Durable
@@ -18,7 +18,13 @@ from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.loading import Loader
 from flask_resilient_session.reaper import Reaper
-from flask_resilient_session.record import Hit, Miss, Record, Tombstone, drop_markers
+from flask_resilient_session.record import (
+    Hit,
+    Miss,
+    Record,
+    Tombstone,
+    drop_markers,
+)
 from flask_resilient_session.replication import (
     Gone,
     InsertFirst,
@@ -26,6 +32,7 @@ from flask_resilient_session.replication import (
     Outcome,
     SqlNeed,
     Standing,
+    buried,
     refresh_due,
 )
 from flask_resilient_session.saving import Saver
@@ -121,14 +128,14 @@ def homes_before_sql(patch: Patch) -> None:
 @_mutation("full")
 def refused_not_removed(patch: Patch) -> None:
     """A refused write leaves the old copies, which still agree."""
-    patch(homes, "to_remove", lambda acks: [])
+    patch(homes, "to_remove", lambda acks, places: [])
 
 
 @_mutation("full")
 def all_refused_removed(patch: Patch) -> None:
     """Every home that refused a write loses its copy, whatever it is by then."""
 
-    def to_remove(acks: Mapping[str, Ack]) -> list[str]:
+    def to_remove(acks: Mapping[str, Ack], places: object) -> list[str]:
         if Ack.STORED in acks.values():
             return []
         return [name for name, ack in acks.items() if ack is Ack.REFUSED]
@@ -198,7 +205,7 @@ def lone_copy_trusted(patch: Patch) -> None:
         hits = [r for r in replies.values() if isinstance(r, Hit)]
         if verdict is not None or len(hits) != 1 or isinstance(hits[0].copy, Tombstone):
             return verdict
-        places = replication._places(replies)
+        places = replication.places_of(replies)
         return Live(hits[0].copy, Standing.AGREED, places)
 
     patch(loading, "judge_copies", judge_copies)
@@ -249,7 +256,7 @@ def no_tombstones_on_homes(patch: Patch) -> None:
 @_mutation("node+sql")
 def debts_not_paid(patch: Patch) -> None:
     """A tombstone that SQL has not heard of stays where it is."""
-    patch(Loader, "_spread", lambda self, access, gone: gone)
+    patch(Loader, "_spread", lambda self, access, gone, replies: gone)
 
 
 @_mutation("none")
@@ -289,3 +296,56 @@ def reaper_asks_nobody(patch: Patch) -> None:
         return {name: Miss() for name in row.homes}
 
     patch(Reaper, "_ask", ask)
+
+
+# --- standing in -----------------------------------------------------------------
+
+
+@_mutation("split")
+def stand_in_not_told(patch: Patch) -> None:
+    """What not both homes took is in SQL, and the stand-in keeps what it has."""
+    patch(Homes, "_untold", lambda *_: [])
+
+
+@_mutation("split")
+def ends_not_told_to_the_stand_in(patch: Patch) -> None:
+    """The stand-in hears of changes only."""
+    patch(Homes, "bury_at_stand_in", lambda *_: None)
+
+
+@_mutation("split")
+def changes_not_told_to_the_stand_in(patch: Patch) -> None:
+    """The stand-in hears of ends only."""
+    patch(Homes, "tell_stand_in", lambda *_: None)
+
+
+@_mutation("split")
+def stand_in_set_back(patch: Patch) -> None:
+    """What the stand-in is told replaces what it has heard of since."""
+    patch(homes, "with_what_stands", lambda record, reply: record)
+
+
+@_mutation("stand-in")
+def stand_in_is_a_home(patch: Patch) -> None:
+    """A change that the home that is left and the stand-in took needs no SQL."""
+    real = saving.sql_need
+
+    def sql_need(live: Live, **kwargs: Any) -> SqlNeed:
+        if live.standing is Standing.STOOD_IN:
+            live = replace(live, standing=Standing.AGREED)
+        return real(live, **kwargs)
+
+    patch(saving, "sql_need", sql_need)
+
+
+@_mutation("split")
+def stand_in_spreads_a_move(patch: Patch) -> None:
+    """The stand-in's tombstone is copied to a home that a move has yet to look at."""
+    patch(stand_in, "buried_once_moved", lambda t, replies, _: buried(t, replies))
+
+
+@_mutation("stand-in")
+def stand_in_alone(patch: Patch) -> None:
+    """The stand-in's word is taken where the home that is left differs."""
+    patch(stand_in, "same_state", lambda left, right: True)
+    patch(stand_in, "join_records", lambda left, right: right)

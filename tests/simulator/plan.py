@@ -97,7 +97,7 @@ def make_plan(kind: str, seed: int) -> Plan:
     rng = Random(f"{kind}/{seed}")
     slots = tuple(rng.random() < 0.5 for _ in range(rng.choice((1, 1, 1, 2, 3))))
     clients = rng.randint(2, 5)
-    count = rng.randint(6, 16)
+    count = rng.randint(10, 30) if kind in ON_TWO else rng.randint(6, 16)
     kinds, weights = list(_REQUESTS), list(_REQUESTS.values())
     whats = rng.choices(kinds, weights, k=count)
     requests = tuple(
@@ -281,6 +281,40 @@ def _reaper(rng: Random) -> list[Action]:
     return actions
 
 
+def _stand_in(rng: Random) -> list[Action]:
+    """One of the homes a and b fails for long, while anything befalls c."""
+    actions = []
+    for _ in range(rng.randint(1, 2)):
+        home = rng.choice(("a", "b"))
+        fault = Action(
+            rng.choice(("crash", "crash", "hang", "cut")), home, rng.randrange(WORKERS)
+        )
+        actions += [_sleep(rng), fault]
+        for _ in range(rng.randint(2, 8)):
+            actions.append(_sleep(rng, 60))
+            chance = rng.random()
+            if chance < 0.5:
+                what = rng.choice((*_NODE_FAULTS, "snapshot", "zombie", "heal"))
+                actions.append(Action(what, "c", rng.randrange(WORKERS)))
+            elif chance < 0.8:
+                what = rng.choice(_NODE_FAULTS)
+                actions.append(Action(what, home, rng.randrange(WORKERS)))
+            else:
+                actions.append(_jump(rng))
+        actions += [_sleep(rng), Action("settle", home, pinned=True)]
+    return actions
+
+
+def _split(rng: Random) -> list[Action]:
+    """Every worker is cut off from one node at most, not all from the same."""
+    actions = []
+    for _ in range(rng.randint(2, 6)):
+        actions += [Action("split"), _sleep(rng, 60)]
+        if rng.random() < 0.3:
+            actions.append(_jump(rng))
+    return [*actions, Action("settle", pinned=True)]
+
+
 CLASSES: dict[str, Callable[[Random], list[Action]]] = {
     "none": _nothing,
     "node": _one_node,
@@ -290,7 +324,12 @@ CLASSES: dict[str, Callable[[Random], list[Action]]] = {
     "full": _full,
     "ring": _ring,
     "reaper": _reaper,
+    "stand-in": _stand_in,
+    "split": _split,
 }
+
+#: Classes in which every session lives on a and b, so that c stands in for both.
+ON_TWO = ("stand-in", "split")
 
 
 # --- shrinking -------------------------------------------------------------------

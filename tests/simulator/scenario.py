@@ -36,7 +36,7 @@ from flask_resilient_session.turns import Turns
 
 from .fakes import Database, FakeNode, FakeSql, Server
 from .history import NEVER, History, Line, Session, Violation
-from .plan import NODES, WORKERS, Action, Plan, Request
+from .plan import NODES, ON_TWO, WORKERS, Action, Plan, Request
 from .world import Landing, WorkerClock, World, quiet
 
 USER = "_user_id"
@@ -169,7 +169,11 @@ class Run:
             raise Violation("G7", "unavailable without a fault")
 
     def _new_key(self) -> str:
-        return f"{self.world.rng.getrandbits(256):064x}"
+        while True:
+            key = f"{self.world.rng.getrandbits(256):064x}"
+            on_two = set(_ring(frozenset(NODES)).homes(key)) == {"a", "b"}
+            if on_two or self.plan.kind not in ON_TWO:
+                return key
 
     def _new_value(self) -> bytes:
         self._values += 1
@@ -239,6 +243,8 @@ class Run:
             self._spawn_reaper(action.worker)
         elif what == "settle":
             self._settle()
+        elif what == "split":
+            self._split()
         else:
             names = self.servers if action.node == "all" else [action.node]
             for name in names:
@@ -294,18 +300,38 @@ class Run:
         for session in list(self.history.sessions):
             self._read_for_good(session)
 
+    def _split(self) -> None:
+        """Cut every worker off from another node, or none."""
+        self._hold()
+        for server in self.servers.values():
+            server.cut.clear()
+        self._probe_all()
+        for index in range(WORKERS):
+            name = self.world.rng.choice((*NODES, "none"))
+            if name != "none":
+                self.servers[name].cut.add(index)
+        if self.world.rng.random() < 0.5:
+            # Else they have to find out.
+            self._probe()
+        self.held = False
+
     def _probe_all(self) -> None:
-        """Let every worker notice what answers again."""
+        """Let every worker notice that all answer again."""
+        self._probe()
+        for worker in self.workers:
+            suspects = worker.store.homes.cluster.suspects()
+            assert not suspects, suspects
+
+    def _probe(self) -> None:
+        """Let every worker notice what answers, and what does not."""
         self.world.spend(_LONGEST_PAUSE)
         self.world.alone = True
         for worker in self.workers:
-            access = worker.access("0" * 64)
             # The first may only find that its connections were closed.
-            for _ in range(2):
+            for _ in range(3):
+                access = worker.access("0" * 64)
                 worker.store.peek(access, sorted(worker.names))
-            worker.store.durable.read(access)
-            suspects = worker.store.homes.cluster.suspects()
-            assert not suspects, suspects
+            worker.store.durable.read(worker.access("0" * 64))
         self.world.alone = False
 
     def _read_for_good(self, session: Session) -> None:
