@@ -125,9 +125,10 @@ class Memcached:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
+            number = self.name.removeprefix("node")
             raise NodeError(
                 f"{self.name} does not run. Start it:"
-                f" python -m example_app.nodes start {self.name.removeprefix('node')}"
+                f" .venv/bin/python -m example_app.nodes start {number}"
             )
         return self._process
 
