@@ -4,7 +4,7 @@
 PYTHON ?= python3
 # For pytest: make test ARGS="-x -k ring"
 ARGS ?=
-# Seconds of make soak, and schedules in each class of the simulator.
+# Seconds of make soak on each database, and schedules in each class of the simulator.
 SOAK ?= 120
 SCHEDULES ?= 2000
 
@@ -19,7 +19,7 @@ TYPED := flask_resilient_session $(wildcard example_app)
 
 help:
 	@echo "make test    lint, then the whole test suite (ARGS=\"-x -k ring\" goes to pytest)"
-	@echo "make soak    real servers under faults, and the simulator, for minutes (SOAK=120)"
+	@echo "make soak    real servers under faults, SOAK=120 seconds on each database; the simulator"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  put the code into ruff's format"
 	@echo "make demo    three memcached nodes and the example app; Ctrl-C ends it (PORT=5001 moves it)"
@@ -28,7 +28,7 @@ help:
 test: lint memcached postgresql mariadb
 	$(BIN)/python -m pytest $(ARGS)
 
-soak: $(STAMP) memcached
+soak: $(STAMP) memcached postgresql mariadb
 	cd tests && ../$(BIN)/python -m soak --seconds $(SOAK)
 	$(BIN)/python -m tests.simulator --schedules $(SCHEDULES)
 

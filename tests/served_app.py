@@ -20,15 +20,17 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
-from flask import Flask, abort, jsonify, session
+from flask import Flask, abort, g, has_app_context, jsonify, session
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_resilient_session import ResilientSession
+from flask_resilient_session.record import Unreachable
 from servers import free_port, wait_until
 
 #: Seconds for anything that is waited for.
@@ -46,6 +48,12 @@ SETTINGS: Final = {
     "RESILIENT_SESSION_SQL_TIMEOUT": "5",
 }
 
+#: Seconds that the application spent on an answer, without any wait for its turn.
+SECONDS_HEADER: Final = "X-Seconds"
+
+#: Nodes that did not answer a request, or were not asked because they had not before.
+SILENT_HEADER: Final = "X-Silent-Nodes"
+
 GUNICORN_HOOKS: Final = """
 import os
 
@@ -58,6 +66,39 @@ def members_only() -> None:
     """Who is not logged in gets a 401 and stores nothing."""
     if session.get("_user_id") is None:
         abort(401)
+
+
+def note_silence(cluster: Any) -> None:
+    """Let a request remember the nodes that were silent when it needed them."""
+    exchange = cluster._exchange
+
+    def noting(requests: Any, deadline: float) -> Any:
+        results = exchange(requests, deadline)
+        if has_app_context():
+            silent = g.setdefault("silent_nodes", set())
+            for (name, _), (parsed, _) in zip(requests, results, strict=True):
+                if isinstance(parsed, Unreachable):
+                    silent.add(name)
+        return results
+
+    cluster._exchange = noting
+
+
+def telling(serve: Any) -> Any:
+    """A WSGI application that says what it met and how long it took."""
+
+    def application(environ: Any, start_response: Any) -> Any:
+        began = time.monotonic()
+
+        def start(status: str, headers: list[tuple[str, str]], *error: Any) -> Any:
+            headers.append((SECONDS_HEADER, str(time.monotonic() - began)))
+            silent = g.get("silent_nodes", ()) if has_app_context() else ()
+            headers.append((SILENT_HEADER, " ".join(sorted(silent))))
+            return start_response(status, headers, *error)
+
+        return serve(environ, start)
+
+    return application
 
 
 def create_app() -> Flask:
@@ -126,6 +167,14 @@ def create_app() -> Flask:
             stats=dict(sessions.stats),
         )
 
+    @app.post("/disconnect")
+    def disconnect() -> Any:
+        """Close the connections to SQL, so that its next use opens new ones."""
+        state.sql.dispose()
+        return jsonify(process=os.getpid())
+
+    note_silence(cluster)
+    app.wsgi_app = telling(app.wsgi_app)  # type: ignore[method-assign]
     if os.environ.get("SERVED_PRELOAD"):
         client = app.test_client()
         client.post("/login/preload", base_url="https://localhost")
@@ -136,29 +185,41 @@ def create_app() -> Flask:
     return app
 
 
+def make_sqlite(file: Path) -> str:
+    """Make an SQLite file in WAL mode, and return its URI."""
+    with closing(sqlite3.connect(file)) as connection:
+        connection.execute("PRAGMA journal_mode = WAL").close()
+    return f"sqlite:///{file}"
+
+
 class Gunicorn:
     """A gunicorn process tree that serves :mod:`served_app` on one port.
 
     :param nodes: RESILIENT_SESSION_NODES, as text.
-    :param database: an SQLite file; made here, in WAL mode.
+    :param database: an SQLite file, made here, in WAL mode; or the URI of a database
+        that is there.
     :param arguments: gunicorn's, such as ``--threads``.
+    :param folder: for its log; by default that of the SQLite file.
     :param settings: more of the application's settings.
     """
 
     def __init__(
         self,
         nodes: str,
-        database: Path,
+        database: Path | str,
         *arguments: str,
+        folder: Path | None = None,
         workers: int = 1,
         preload: bool = False,
         settings: Mapping[str, str] | None = None,
     ) -> None:
-        with closing(sqlite3.connect(database)) as connection:
-            connection.execute("PRAGMA journal_mode = WAL").close()
+        if isinstance(database, Path):
+            folder = folder or database.parent
+            database = make_sqlite(database)
+        assert folder is not None, "where is the log to be written?"
         self.port = free_port()
         self._workers = workers
-        hooks = database.with_name("gunicorn_hooks.py")
+        hooks = folder / "gunicorn_hooks.py"
         hooks.write_text(GUNICORN_HOOKS)
         self._command = [
             *(sys.executable, "-m", "gunicorn", "--config", str(hooks)),
@@ -175,12 +236,12 @@ class Gunicorn:
         every = {
             **SETTINGS,
             **(settings or {}),
-            "SQLALCHEMY_DATABASE_URI": f"sqlite:///{database}",
+            "SQLALCHEMY_DATABASE_URI": database,
             "RESILIENT_SESSION_NODES": nodes,
         }
         self.environment = {f"FLASK_{key}": value for key, value in every.items()}
         self._preload = {"SERVED_PRELOAD": "1"} if preload else {}
-        self._log = database.with_name(f"gunicorn{self.port}.log")
+        self._log = folder / f"gunicorn{self.port}.log"
         self.process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Gunicorn:
@@ -189,11 +250,11 @@ class Gunicorn:
         return self
 
     def launch(self) -> None:
-        """Start it."""
+        """Start it, also once more after it has ended."""
         self._ready, to_tell = os.pipe()
         environment = {**os.environ, **self.environment, **self._preload}
         environment["SERVED_READY"] = str(to_tell)
-        with self._log.open("wb") as log:
+        with self._log.open("ab") as log:
             self.process = subprocess.Popen(
                 self._command,
                 env=environment,
@@ -233,12 +294,22 @@ class Gunicorn:
             connection = http.client.HTTPConnection("127.0.0.1", self.port, PATIENCE)
             with closing(connection):
                 connection.request("GET", "/about", headers=headers)
-                page = json.loads(connection.getresponse().read())
+                response = connection.getresponse()
+                if response.status != 200:
+                    return False
+                page = json.loads(response.read())
             change = workers.discard if page["suspects"] else workers.add
             change(page["process"])
             return len(workers) == self._workers
 
         wait_until(settled, PATIENCE, "every worker to use every node and SQL")
+
+    def disconnect(self) -> None:
+        """Let a worker close its connections to SQL."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, PATIENCE)
+        with closing(connection):
+            connection.request("POST", "/disconnect")
+            assert connection.getresponse().status == 200
 
     @property
     def pid(self) -> int:

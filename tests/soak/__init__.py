@@ -1,9 +1,10 @@
 """Real workers, real nodes, real faults, and a history that is checked.
 
-``cd tests && python -m soak --seconds 120 --seed 7``
+``cd tests && python -m soak --seconds 120 --seed 7 --database postgresql``
 
 Clients append elements that occur once, log in and out, and change ids, at three
-workers on three nodes and one SQLite file, while a nemesis breaks one thing at a time.
-Every page is checked against what was acknowledged before it was asked for, and all
-sessions at the end, when everything is whole again.
+workers on three nodes and one database, while a nemesis breaks things: the database,
+the database and a node at once, a node or a worker process. Every page is checked
+against what was acknowledged before it was asked for, and all sessions at the end, when
+everything is whole again, and once more after every node has lost its memory.
 """

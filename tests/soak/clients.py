@@ -2,59 +2,21 @@
 
 from __future__ import annotations
 
-import http.client
 import itertools
-import json
 import random
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from werkzeug.http import parse_cookie
+from served_app import PATIENCE
+from servers import wait_until
 
 from .history import Before, History, Life
-
-#: Seconds for one answer; a worker's budget is a part of that.
-ANSWER: Final = 20.0
+from .wire import Wire
 
 #: A session that has this many elements is ended, so that pages stay short.
 FULL: Final = 80
-
-
-class Wire:
-    """A kept-alive connection to each worker."""
-
-    def __init__(self, ports: Sequence[int]) -> None:
-        self._ports = ports
-        self._connections: dict[int, http.client.HTTPConnection] = {}
-
-    def ask(
-        self, worker: int, method: str, path: str, cookie: str | None
-    ) -> tuple[int, Any, str | None]:
-        """Status, page and new cookie; status 0: no answer."""
-        connection = self._connections.get(worker)
-        if connection is None:
-            port = self._ports[worker]
-            connection = http.client.HTTPConnection("127.0.0.1", port, ANSWER)
-            self._connections[worker] = connection
-        headers = {} if cookie is None else {"Cookie": f"session={cookie}"}
-        try:
-            connection.request(method, path, headers=headers)
-            response = connection.getresponse()
-            body = response.read()
-        except (OSError, http.client.HTTPException):
-            connection.close()
-            return 0, None, cookie
-        for header in response.headers.get_all("Set-Cookie") or ():
-            cookie = parse_cookie(header).get("session") or None
-        page = json.loads(body) if response.status == 200 else None
-        return response.status, page, cookie
-
-    def close(self) -> None:
-        """Close the connections."""
-        for connection in self._connections.values():
-            connection.close()
 
 
 class Account:
@@ -72,11 +34,13 @@ class Client:
     """One of several that do what chance says, to accounts that chance picks.
 
     :param number: names the keys that only this client writes.
+    :ivar acts: how much it has done to the end.
     """
 
     def __init__(
         self, number: int, ports: Sequence[int], history: History, seed: int
     ) -> None:
+        self.acts = 0
         self._name = f"c{number}"
         self._workers = range(len(ports))
         self._wire = Wire(ports)
@@ -86,9 +50,14 @@ class Client:
 
     def run(self, accounts: Sequence[Account], over: threading.Event) -> None:
         """Go on until it is over."""
-        while not over.is_set():
-            self.act(self._random.choice(accounts))
-        self._wire.close()
+        try:
+            while not over.is_set():
+                self.act(self._random.choice(accounts))
+                self.acts += 1
+        except Exception as error:  # noqa: BLE001 - whatever it is, it must not pass
+            self._history.violate(f"{self._name} gave up: {error!r}")
+        finally:
+            self.close()
 
     def act(self, account: Account) -> None:
         """Do one thing."""
@@ -135,10 +104,12 @@ class Client:
             if account.life is not life:
                 return
             life.ending = True
-            while True:
-                status, *_ = self._ask("logout", "POST", "/logout", life.cookie)
-                if status == 200:
-                    break
+            # Refused while SQL and one of its nodes are away, and for no longer.
+            wait_until(
+                lambda: self._ask("logout", "POST", "/logout", life.cookie)[0] == 200,
+                2 * PATIENCE,
+                f"the logout of {life.tag}",
+            )
             self._history.logged_out(life)
             account.life = None
         finally:
@@ -169,11 +140,11 @@ class Client:
         finally:
             account.door.release()
 
-    def append(self, life: Life) -> None:
+    def append(self, life: Life, worker: int | None = None) -> None:
         """Append an element to the list that only this client writes."""
         element = f"{life.tag}-{self._name}-{next(self._numbers)}"
         path = f"/append/list{self._name}/{element}"
-        if self._change("append", life, path):
+        if self._change("append", life, path, worker):
             self._history.appended(life, element)
 
     def put(self, life: Life) -> None:
@@ -205,9 +176,11 @@ class Client:
             self._history.came_back(cookie, page, f"worker {worker}")
         return status == 200
 
-    def _change(self, name: str, life: Life, path: str) -> bool:
+    def _change(
+        self, name: str, life: Life, path: str, worker: int | None = None
+    ) -> bool:
         before = self._history.before(life)
-        status, page, _ = self._ask(name, "POST", path, before.cookie)
+        status, page, _ = self._ask(name, "POST", path, before.cookie, worker)
         if status == 200:
             self._history.check(life, before, page, name)
         elif status == 401:
@@ -228,13 +201,51 @@ class Client:
     ) -> tuple[int, Any, str | None]:
         if worker is None:
             worker = self._random.choice(self._workers)
+        began_in = self._history.fault
         answer = self._wire.ask(worker, method, path, cookie)
-        self._history.count(name)
-        if answer[0] not in (200, 401):
-            self._history.count(f"{answer[0] or 'no answer'}")
+        self._history.answered(
+            name, answer[0], self._wire.seconds, self._wire.silent, began_in
+        )
         return answer
 
     def close(self) -> None:
         """Close its connections."""
         with suppress(OSError):
             self._wire.close()
+
+
+class Crowd:
+    """All clients, each in a thread of its own, until it is over."""
+
+    def __init__(
+        self,
+        clients: Sequence[Client],
+        accounts: Sequence[Account],
+        over: threading.Event,
+    ) -> None:
+        self._clients = clients
+        self._threads = [
+            threading.Thread(target=client.run, args=(accounts, over))
+            for client in clients
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def finish_what_began(self) -> None:
+        """Return when nobody waits any more for what was asked before this call.
+
+        A request that meets two faults may see what one that meets a single one
+        must not.
+        """
+        for client, thread in zip(self._clients, self._threads, strict=True):
+            begun = client.acts
+            wait_until(
+                lambda c=client, t=thread, n=begun: c.acts > n or not t.is_alive(),
+                2 * PATIENCE,
+                "a client's requests to be answered",
+            )
+
+    def join(self) -> None:
+        """Wait for them, once it is over."""
+        for thread in self._threads:
+            thread.join(2 * PATIENCE)

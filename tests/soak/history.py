@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
+
+from .faults import Fault
 
 #: What an empty session's page shows.
 NOBODY: Final[dict[str, Any]] = {}
@@ -43,27 +47,95 @@ class Before:
     latest: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Longest:
+    """The answer that took longest, and what the last fault was when it came."""
+
+    seconds: float = 0.0
+    operation: str = "none"
+    fault: str = "nothing"
+
+    def __str__(self) -> str:
+        return f"{self.seconds:.2f} s ({self.operation}; last broken: {self.fault})"
+
+
 class History:
     """All lives, and what went wrong.
 
+    A node that is well, but too slow for a worker's patience, is one fault too many
+    beside the nemesis's. The workers tell. From then on, until every session was synced
+    again, a page may be old without breaking any promise. Nobody is logged out by it,
+    and nobody gets another's session.
+
     :ivar violations: sentences; none is right.
-    :ivar counts: operations and their outcomes.
+    :ivar excused: those that the slowness of the machine explains.
+    :ivar strained: whether a node was too slow, and not every session synced since.
+    :ivar strains: how often one was.
+    :ivar operations: how often each was asked for.
+    :ivar unwished: outcomes that nobody wished for, such as ``503``.
+    :ivar longest: the answer that took longest.
     :ivar ended: cookies whose sessions ended, or went on under another id.
     :ivar faults: what the nemesis did so far, in order.
+    :ivar fault: what is broken at the moment.
     """
 
     def __init__(self) -> None:
         self.violations: list[str] = []
-        self.counts: Counter[str] = Counter()
+        self.excused: list[str] = []
+        self.strained = False
+        self.strains = 0
+        self.operations: Counter[str] = Counter()
+        self.unwished: Counter[str] = Counter()
+        self.longest = Longest()
         self.ended: list[str] = []
-        self.faults: list[str] = []
+        self.faults: list[Fault] = []
+        self.fault: Fault | None = None
+        self._broken: frozenset[str] = frozenset()
         self._end: dict[str, tuple[str, int]] = {}
         self._lock = threading.Lock()
 
-    def count(self, name: str) -> None:
-        """Count an operation or an outcome."""
+    @contextmanager
+    def lasts(self, fault: Fault) -> Iterator[None]:
+        """Everything in it is broken from here to the end."""
+        self.fault = fault
+        try:
+            yield
+        finally:
+            self.fault = None
+
+    def breaks(self, node: str) -> None:
+        """From here on this node may be silent."""
+        self._broken |= {node}
+
+    def mended(self) -> None:
+        """From here on every node has to answer."""
+        self._broken = frozenset()
+
+    def answered(
+        self,
+        name: str,
+        status: int,
+        seconds: float,
+        silent: frozenset[str],
+        began_in: Fault | None,
+    ) -> None:
+        """An operation had this outcome; status 0: no answer.
+
+        :param silent: nodes that did not answer the worker.
+        :param began_in: what was broken when it was asked for.
+        """
         with self._lock:
-            self.counts[name] += 1
+            if silent - self._broken:
+                self.strained = True
+                self.strains += 1
+            self.operations[name] += 1
+            if status != 200:
+                self.unwished[str(status or "no answer")] += 1
+            elif began_in is not None and began_in is self.fault:
+                began_in.answered[name] += 1
+            if seconds > self.longest.seconds:
+                last = str(self.faults[-1]) if self.faults else "nothing"
+                self.longest = Longest(seconds, name, last)
 
     def before(self, life: Life) -> Before:
         """Taken before a request is sent."""
@@ -100,9 +172,9 @@ class History:
     def came_back(self, cookie: str, page: Any, where: str) -> None:
         """A session was served after it had ended."""
         how, fault = self._end[cookie]
-        self.violate(
+        self._old_page(
             f"{where}: {page.get('_user_id')} was {how} and came back;"
-            f" faults since: {', '.join(self.faults[fault:])}"
+            f" faults since: {', '.join(map(str, self.faults[fault:]))}"
         )
 
     def check(self, life: Life, before: Before, page: Any, where: str) -> None:
@@ -121,10 +193,10 @@ class History:
             self.violate(f"{where}: {life.tag} shows others' elements: {foreign}")
         lost = before.acknowledged - shown
         if lost:
-            self.violate(f"{where}: {life.tag} lost {sorted(lost)}")
+            self._old_page(f"{where}: {life.tag} lost {sorted(lost)}")
         for key, number in before.latest.items():
             if int(page.get(key, -1)) < number:
-                self.violate(
+                self._old_page(
                     f"{where}: {life.tag} shows {key} = {page.get(key)},"
                     f" and {number} was acknowledged"
                 )
@@ -139,4 +211,14 @@ class History:
     def violate(self, sentence: str) -> None:
         """Something is wrong."""
         with self._lock:
-            self.violations.append(sentence)
+            self.violations.append(self._dated(sentence))
+
+    def _old_page(self, sentence: str) -> None:
+        """A page shows what was once, but should be no more."""
+        with self._lock:
+            found = self.excused if self.strained else self.violations
+            found.append(self._dated(sentence))
+
+    def _dated(self, sentence: str) -> str:
+        last = str(self.faults[-1]) if self.faults else "nothing"
+        return f"{sentence} (last broken: {last})"
