@@ -111,7 +111,7 @@ class Durable:
             lambda: self._read(access),
             wait=min(self._sql_timeout, access.deadline - self._clock.monotonic()),
         )
-        return answer or SqlSilent("others were asking for the same", busy=True)
+        return answer or SqlSilent("others were asking for the same", well=True)
 
     def _read(self, access: Access) -> RowAnswer:
         try:
@@ -131,7 +131,9 @@ class Durable:
             return RowDead(Tombstone(reason, row.revoked_at or row.synced_at))
         copy = keyring.unseal(row.session_key, row.record)
         if isinstance(copy, UnknownFormat):
-            return SqlSilent("its row is under a key or format unknown here")
+            # SQL is well, and what it has may be newer than any copy.
+            unknown = "its row is under a key or format unknown here"
+            return SqlSilent(unknown, well=True)
         if isinstance(copy, Tombstone):
             return RowDead(copy)
         if isinstance(copy, CorruptBytes):
@@ -343,7 +345,7 @@ class Durable:
 
 def silence(error: SqlUnavailable) -> SqlSilent:
     """What it means for a session that SQL was not asked, or did not answer."""
-    return SqlSilent(str(error), busy=isinstance(error, SqlBusy))
+    return SqlSilent(str(error), well=isinstance(error, SqlBusy))
 
 
 def user_id_column(user: object) -> str | None:

@@ -112,6 +112,7 @@ class Loader:
 
         :param otherwise: what they did settle, for when SQL does not answer.
         """
+        asked = self._clock.monotonic()
         row = self._durable.read(access)
         if otherwise is not None and isinstance(row, SqlSilent):
             self._count_loaded(otherwise)
@@ -126,8 +127,7 @@ class Loader:
         elif verdict.standing is Standing.UNVERIFIED:
             self._observer.count("loaded_unverified")
         else:
-            now = self._clock.monotonic()
-            self._trust.vouch(access.session_key, verdict.record, now)
+            self._trust.vouch(access.session_key, verdict.record, asked)
             self._observer.count("loaded_from_sql")
             self._observer.send(session_recovered, session=short(access.session_key))
             return with_stand_in(verdict, replies, stand_in)

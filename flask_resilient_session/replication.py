@@ -144,12 +144,12 @@ class RowCorrupt:
 class SqlSilent:
     """SQL could not be asked, or its record is under a key unknown to this worker.
 
-    :ivar busy: SQL may be well; this process had too many questions already, which
-        is no reason to guess.
+    :ivar well: SQL may be well, and this process had too many questions already, or
+        lacks a key: no reason to guess.
     """
 
     reason: str
-    busy: bool = False
+    well: bool = False
 
 
 RowAnswer: TypeAlias = RowLive | RowDead | RowMissing | RowCorrupt | SqlSilent
@@ -218,7 +218,7 @@ def judge_copies(
     """
     tombstone = tombstone_of(replies)
     if tombstone is not None:
-        return buried(tombstone, replies)
+        return _buried_at_home(tombstone, replies, now_ms)
     hits = [reply for reply in replies.values() if isinstance(reply, Hit)]
     if len(hits) != len(replies) or len(hits) < PAIR:
         return None
@@ -276,15 +276,18 @@ def judge_row(
     """What homes and SQL together say, where the homes alone did not settle it."""
     copies = [hit.copy for _, hit in _hits(replies) if isinstance(hit.copy, Record)]
     if isinstance(row, RowDead):
-        return buried_once_moved(row.tombstone, replies, now_ms)
+        return buried(row.tombstone, replies, now_ms)
     if isinstance(row, SqlSilent):
-        if row.busy or not copies:
+        if row.well or not copies:
             return Unknown()
         record = replace(_join_all(copies), unverified=True)
         if expires_ms(record, timing) <= now_ms:
             return Unknown()
         return Live(record, Standing.UNVERIFIED, places_of(replies))
     if isinstance(row, RowMissing):
+        if any(isinstance(r, Unreachable) and r.sealed for r in replies.values()):
+            # Others can read that copy: it may be one that was never synced.
+            return Unknown()
         if not copies or not all(copy.never_synced for copy in copies):
             return Gone("missing", noted_at=places_of(replies))
         record = _join_all(copies)
@@ -377,32 +380,53 @@ def tombstone_of(replies: Mapping[str, Reply]) -> Tombstone | None:
     return found
 
 
-def buried(tombstone: Tombstone, replies: Mapping[str, Reply]) -> Gone:
-    """A session that is dead, and the nodes that must be told."""
-    spread = tuple(
+def being_moved(tombstone: Tombstone, now_ms: int) -> bool:
+    """Whether the request that moves the session may still be at work.
+
+    It buries the old copies by compare-and-swap, to find what others had acknowledged
+    there meanwhile. Nobody else may bury one that it has still to look at.
+    """
+    at_work = now_ms - tombstone.ended_ms < MOVE_AT_WORK_MS
+    return tombstone.reason == "moved" and at_work
+
+
+def buried(tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int) -> Gone:
+    """A session that is dead by the word of SQL or of its stand-in."""
+    if being_moved(tombstone, now_ms):
+        return Gone(tombstone.reason, tombstone.ended_ms)
+    return Gone(
+        tombstone.reason, tombstone.ended_ms, tombstone, tuple(_not_dead(replies))
+    )
+
+
+def _buried_at_home(
+    tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int
+) -> Gone:
+    """A session that is dead by the word of a home.
+
+    Whoever moved it has buried that home's copy as it saw it, and what was acknowledged
+    is on both homes: there is nothing left to be found on the other. That is not so
+    where it was written by somebody for whom it had other homes.
+    """
+    spread = _not_dead(replies)
+    if being_moved(tombstone, now_ms):
+        names = frozenset(replies)
+        spread = [name for name in spread if not _foreign(replies[name], names)]
+    return Gone(tombstone.reason, tombstone.ended_ms, tombstone, tuple(spread))
+
+
+def _not_dead(replies: Mapping[str, Reply]) -> list[str]:
+    return [
         name
         for name, reply in replies.items()
         if not isinstance(reply, Unreachable)
         and not (isinstance(reply, Hit) and isinstance(reply.copy, Tombstone))
-    )
-    return Gone(tombstone.reason, tombstone.ended_ms, tombstone, spread)
+    ]
 
 
-def buried_once_moved(
-    tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int
-) -> Gone:
-    """:func:`buried`, but by nobody else while a move is at work.
-
-    A move buries the old copies by compare-and-swap, to find what others had
-    acknowledged there meanwhile. What both homes took it finds on either, so that one
-    home's tombstone may be copied to the other at any time; SQL's and the stand-in's
-    may not.
-    """
-    gone = buried(tombstone, replies)
-    at_work = now_ms - tombstone.ended_ms < MOVE_AT_WORK_MS
-    if at_work and gone.reason == "moved":
-        return replace(gone, tombstone=None, spread=())
-    return gone
+def _foreign(reply: Reply, homes: frozenset[str]) -> bool:
+    copy = reply.copy if isinstance(reply, Hit) else None
+    return isinstance(copy, Record) and frozenset(copy.homes) != homes
 
 
 # --- writing ---------------------------------------------------------------------

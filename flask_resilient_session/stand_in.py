@@ -34,7 +34,7 @@ from .replication import (
     Gone,
     Live,
     Standing,
-    buried_once_moved,
+    buried,
     expires_ms,
     holds,
     places_of,
@@ -59,7 +59,7 @@ def judge_stand_in(
     replies = {**homes, **stand_in}
     tombstone = tombstone_of(stand_in)
     if tombstone is not None:
-        return buried_once_moved(tombstone, replies, now_ms)
+        return buried(tombstone, replies, now_ms)
     silent = [reply for reply in homes.values() if isinstance(reply, Unreachable)]
     if len(homes) != PAIR or len(silent) != 1 or silent[0].sealed:
         # What is sealed under an unknown key is a word that cannot be read here.

@@ -1,9 +1,9 @@
 """The sessions of one application: load, create, save, end, move.
 
-The order of the protocol's steps is in ``loading``, ``saving`` and ``ending``; what to
-do in each is decided in ``replication``. Nothing waits but in the nodes and SQL that
-were given, and time and chance are arguments, so that a simulator can run this
-through every interleaving.
+The order of the protocol's steps is in ``loading``, ``saving``, ``ending`` and
+``moving``; what to do in each is decided in ``replication`` and ``stand_in``. Nothing
+waits but in the nodes and SQL that were given, and time and chance are arguments, so
+that a simulator can run this through every interleaving.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .ending import Ender
 from .events import Observer
 from .homes import Homes
 from .loading import Loader
+from .moving import Mover
 from .saving import Saver
 from .steps import Changes, Steps
 from .trust import Trust
@@ -64,13 +65,14 @@ class Store:
         )
         loader = Loader(homes, durable, trust=trust, clock=clock, observer=observer)
         saver = Saver(steps, loader)
-        ender = Ender(steps, loader, saver)
+        ender = Ender(steps)
+        mover = Mover(steps, loader, saver)
         self.load = loader.load
         self.peek = loader.peek
         self.create = saver.create
         self.save = saver.save
         self.end = ender.end
-        self.move = ender.move
+        self.move = mover.move
         self._steps = steps
 
     def renew(self) -> None:

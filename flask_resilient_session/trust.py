@@ -27,6 +27,11 @@ class _Vouched(NamedTuple):
     until: float
 
 
+#: What stands for a session that has ended: no answer that is still on its way
+#: vouches for it any more.
+_NEVER_AGAIN: Final = _Vouched(1 << 63, (0, 0), float("inf"))
+
+
 class Trust:
     """Remembers which states SQL vouched for; shared by a process's threads.
 
@@ -39,21 +44,29 @@ class Trust:
         self._lock = threading.Lock()
 
     def vouch(self, session_key: str, record: Record, now: float) -> None:
-        """SQL has just said, or committed, that this is the session."""
+        """SQL says, or has committed, that this is the session.
+
+        :param now: when SQL was asked, and not when it answered.
+        """
         if not self._seconds:
             return
         vouched = _Vouched(record.row_version, _newest(record), now + self._seconds)
         with self._lock:
-            self._vouched[session_key] = vouched
-            self._vouched.move_to_end(session_key)
-            if len(self._vouched) > _REMEMBERED:
-                self._vouched.popitem(last=False)
+            known = self._vouched.get(session_key)
+            if known is None or known.until <= now or known[0] <= vouched[0]:
+                self._remember(session_key, vouched)
 
     def forget(self, session_key: str) -> None:
         """The session has ended, or changed in a way that is not known."""
         if self._seconds:
             with self._lock:
-                self._vouched.pop(session_key, None)
+                self._remember(session_key, _NEVER_AGAIN)
+
+    def _remember(self, session_key: str, vouched: _Vouched) -> None:
+        self._vouched[session_key] = vouched
+        self._vouched.move_to_end(session_key)
+        if len(self._vouched) > _REMEMBERED:
+            self._vouched.popitem(last=False)
 
     def renew(self) -> None:
         """Start anew in a forked child."""

@@ -54,6 +54,7 @@ LEVELS = {
     "steps": 6,
     "saving": 7,
     "ending": 8,
+    "moving": 8,
     "store": 9,
     # a request and its cookie
     "session": 2,

@@ -17,6 +17,7 @@ from flask_resilient_session.ending import Ender
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.loading import Loader
+from flask_resilient_session.moving import Mover
 from flask_resilient_session.reaper import Reaper
 from flask_resilient_session.record import (
     Hit,
@@ -32,7 +33,6 @@ from flask_resilient_session.replication import (
     Outcome,
     SqlNeed,
     Standing,
-    buried,
     refresh_due,
 )
 from flask_resilient_session.saving import Saver
@@ -264,7 +264,7 @@ def moves_by_set(patch: Patch) -> None:
     """A move buries the old copies unread."""
 
     def exchange(
-        self: Ender,
+        self: Mover,
         old: Access,
         live: Live,
         tombstone: Tombstone,
@@ -276,7 +276,7 @@ def moves_by_set(patch: Patch) -> None:
         places = dict.fromkeys(self._homes.names(new))
         self._homes.write(new, record, places, now_ms)
 
-    patch(Ender, "_exchange_homes", exchange)
+    patch(Mover, "_exchange_homes", exchange)
 
 
 @_mutation("none")
@@ -336,12 +336,6 @@ def stand_in_is_a_home(patch: Patch) -> None:
         return real(live, **kwargs)
 
     patch(saving, "sql_need", sql_need)
-
-
-@_mutation("split")
-def stand_in_spreads_a_move(patch: Patch) -> None:
-    """The stand-in's tombstone is copied to a home that a move has yet to look at."""
-    patch(stand_in, "buried_once_moved", lambda t, replies, _: buried(t, replies))
 
 
 @_mutation("stand-in")

@@ -1,0 +1,246 @@
+"""Moving a session to a new id: login, and whoever asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from .access import Access
+from .errors import SessionTooLarge, SessionUnavailable, SqlUnavailable
+from .events import (
+    logger,
+    session_created,
+    session_regenerated,
+    session_revoked,
+    short,
+)
+from .loading import Loader
+from .record import (
+    Corrupt,
+    EndReason,
+    Entry,
+    Hit,
+    Miss,
+    Record,
+    Token,
+    Tombstone,
+    Unreachable,
+    join_records,
+)
+from .replication import Gone, Live, Standing, Unknown
+from .saving import Saver
+from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
+from .wire import Ack
+
+#: How often a finished move tries to carry over what it found late: SQL may have to
+#: be asked, and nobody can be told to come again any more.
+_CARRY_ATTEMPTS: Final = 3
+
+
+class Mover:
+    """Gives sessions a new id, and leaves nothing behind under the old one."""
+
+    def __init__(self, steps: Steps, loader: Loader, saver: Saver) -> None:
+        self._steps = steps
+        self._loader = loader
+        self._saver = saver
+        self._homes = steps.homes
+        self._durable = steps.durable
+        self._clock = steps.clock
+        self._observer = steps.observer
+        self._trust = steps.trust
+
+    # --- move --------------------------------------------------------------------
+
+    def move(
+        self,
+        old: Access,
+        live: Live,
+        new: Access,
+        changes: Changes,
+        *,
+        reason: EndReason = "moved",
+        renew_created: bool = False,
+    ) -> Live | Gone:
+        """Give a session a new id; the old one is dead from then on.
+
+        :param reason: ``moved`` takes the data along; ``ended`` starts the new
+            session with nothing but ``changes``.
+        :param renew_created: count the absolute lifetime from now.
+        :returns: the new session, or Gone: the old one was dead already and there is
+            no new one.
+        """
+        self._trust.forget(old.session_key)
+        for _ in range(MAX_ATTEMPTS):
+            if live.standing is Standing.UNVERIFIED:
+                raise self._steps.not_kept(old, "SQL does not answer")
+            now_ms = self._clock.now_ms()
+            tombstone = Tombstone(reason, now_ms)
+            kept = self._moved_record(live.record, new, changes, reason, now_ms)
+            if renew_created:
+                kept = replace(kept, created_ms=now_ms)
+            try:
+                moved = self._durable.move(old, live.record, tombstone, new, kept)
+            except SqlUnavailable as error:
+                raise self._steps.not_kept(old, error) from error
+            if moved is not None:
+                late = self._exchange_homes(old, live, tombstone, new, moved, now_ms)
+                self._report_move(old, new, reason)
+                if reason == "moved" and late is not None:
+                    self._carry_over(new, live.record, late, changes)
+                return Live(moved, Standing.AGREED)
+            verdict = self._loader.load(old, ask_sql=True)
+            if isinstance(verdict, Gone):
+                return verdict
+            if isinstance(verdict, Unknown):
+                raise self._steps.not_kept(old, NOBODY)
+            live = verdict
+        raise self._steps.not_kept(old, TOO_MANY)
+
+    def _moved_record(
+        self,
+        record: Record,
+        new: Access,
+        changes: Changes,
+        reason: EndReason,
+        now_ms: int,
+    ) -> Record:
+        homes = self._homes.names(new)
+        if reason == "ended":
+            base = Record(created_ms=now_ms, last_use_ms=now_ms, homes=homes)
+        else:
+            used_ms = max(record.last_use_ms, now_ms)
+            base = replace(record, homes=homes, last_use_ms=used_ms, synced_ms=0)
+        return self._steps.changed(base, changes, now_ms)
+
+    def _exchange_homes(
+        self,
+        old: Access,
+        live: Live,
+        tombstone: Tombstone,
+        new: Access,
+        record: Record,
+        now_ms: int,
+    ) -> Record | None:
+        """Bury the old copies and place the new ones, in one round trip.
+
+        :returns: what concurrent requests had acknowledged on the old homes since the
+            load.
+        """
+        places, found = dict(live.places), None
+        unseen = [name for name in self._homes.names(old) if name not in places]
+        if unseen:
+            # Perhaps they answer by now, and then nothing is buried unread there.
+            places_of_unseen, found = self._look(old, tombstone, unseen)
+            places |= places_of_unseen
+        burials = self._homes.requests(old, tombstone, places, now_ms)
+        new_places: dict[str, Token | None] = dict.fromkeys(self._homes.names(new))
+        placements = self._homes.requests(new, record, new_places, now_ms)
+        acks = self._homes.cluster.write([*burials, *placements], old.deadline)
+        answers = dict(zip(places, acks, strict=False))
+        return self._bury_all(old, tombstone, answers, found, now_ms)
+
+    def _bury_all(
+        self,
+        old: Access,
+        tombstone: Tombstone,
+        answers: dict[str, Ack],
+        found: Record | None,
+        now_ms: int,
+    ) -> Record | None:
+        """Bury what could not be buried at once, again and again until it is done.
+
+        :param answers: what the nodes said to the first try.
+        :returns: what others had written there meanwhile, joined with ``found``.
+        """
+        told: dict[str, Ack] = {}
+        full: set[str] = set()
+        for _ in range(MAX_ATTEMPTS):
+            told |= answers
+            # One without room for a tombstone drops the copy. It is read before: there
+            # may be room again, and something new.
+            refused = {n for n, ack in answers.items() if ack is Ack.REFUSED}
+            self._homes.bury(old, tombstone, sorted(refused & full))
+            changed = [n for n, ack in answers.items() if ack is Ack.CONFLICT]
+            changed += sorted(refused - full)
+            full |= refused
+            if not changed:
+                break
+            places, late = self._look(old, tombstone, changed)
+            found = _joined(found, late)
+            answers = self._homes.write(old, tombstone, places, now_ms)
+        else:
+            self._homes.bury(old, tombstone, list(answers))
+        self._homes.bury_at_stand_in(old, tombstone, told)
+        return found
+
+    def _look(
+        self, old: Access, tombstone: Tombstone, names: Sequence[str]
+    ) -> tuple[dict[str, Token | None], Record | None]:
+        """Where these nodes have still to be buried, and what they hold."""
+        places: dict[str, Token | None] = {}
+        found: Record | None = None
+        for name, reply in self._homes.read(old, names).items():
+            if isinstance(reply, Hit) and isinstance(reply.copy, Record):
+                found = _joined(found, reply.copy)
+                places[name] = reply.token
+            elif isinstance(reply, Corrupt):
+                places[name] = reply.token
+            elif isinstance(reply, Miss):
+                places[name] = None
+            elif isinstance(reply, Unreachable) and reply.sealed:
+                # What is new there cannot be read here, and ends all the same.
+                self._homes.bury(old, tombstone, [name])
+        return places, found
+
+    def _carry_over(
+        self, new: Access, seen: Record, late: Record, changes: Changes
+    ) -> None:
+        """Write to the new session what others had added to the old one meanwhile.
+
+        The move is done, and its cookie has to reach the browser: what cannot be
+        carried over any more is dropped, counted and logged.
+        """
+        nothing = Entry(0, 0, None)
+        missed = {
+            key: entry.value
+            for key, entry in late.entries.items()
+            if key not in changes and entry.stamp > seen.entries.get(key, nothing).stamp
+        }
+        if not missed:
+            return
+        why: object = NOBODY
+        for _ in range(_CARRY_ATTEMPTS):
+            try:
+                verdict = self._loader.load(new)
+                if isinstance(verdict, Live):
+                    verdict = self._saver.save(new, verdict, missed)
+                if not isinstance(verdict, Unknown):
+                    # Kept, or ended meanwhile, and then nobody misses it.
+                    return
+            except SessionUnavailable as error:
+                why = error.description
+            except SessionTooLarge as error:
+                why = error.description
+                break
+        self._observer.count("dropped_changes")
+        name = short(new.session_key)
+        logger.error("Changes made while session %s moved were lost: %s", name, why)
+
+    def _report_move(self, old: Access, new: Access, reason: EndReason) -> None:
+        session, previous = short(new.session_key), short(old.session_key)
+        if reason == "ended":
+            self._observer.count("revoked")
+            self._observer.send(session_revoked, session=previous)
+            self._observer.count("created")
+            self._observer.send(session_created, session=session)
+        else:
+            self._observer.count("regenerated")
+            self._observer.send(session_regenerated, session=session, previous=previous)
+
+
+def _joined(left: Record | None, right: Record | None) -> Record | None:
+    if left is None or right is None:
+        return left or right
+    return join_records(left, right)
