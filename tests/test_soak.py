@@ -30,7 +30,7 @@ def test_soak(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None
         database = server_database(server, seed=1)
         database.restrict(*WAYS[name])
     with closing(database):
-        report = soak(5, 1, tmp_path, database, name=name, accounts=9)
+        report = soak(3, 1, tmp_path, database, name=name, accounts=9)
     print(report)
     assert report.violations == []
     # It was broken in every way, and requests were answered all the same.
