@@ -367,6 +367,7 @@ class Database:
     :ivar down: it answers nobody.
     :ivar lossy: chance that a statement goes wrong in some way.
     :ivar on_insert: told of each row that appears, and whether it is live.
+    :ivar on_fault: told of each statement that goes wrong.
     """
 
     def __init__(self, world: World) -> None:
@@ -377,6 +378,7 @@ class Database:
         self.down = False
         self.lossy = 0.0
         self.on_insert: Callable[[str, bool], None] = lambda key, live: None
+        self.on_fault: Callable[[], None] = lambda: None
 
     def heal(self) -> None:
         """No fault from now on."""
@@ -591,6 +593,7 @@ class FakeSql:
         elif database.lossy and world.rng.random() < database.lossy:
             fault = self._go_wrong(what, key, apply)
         if fault:
+            database.on_fault()
             world.log("      w{} sql {} {} -> {}", self._worker, what, key[:6], fault)
             raise SqlUnavailable(fault)
         result = apply()

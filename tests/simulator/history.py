@@ -133,6 +133,8 @@ class History:
         self.timing = timing
         self.skew_ms = skew_ms
         self.sessions: list[Session] = []
+        #: A statement went wrong, and not every worker knows yet that SQL is well.
+        self.sql_in_doubt = False
         self._had_row: set[str] = set()
         self._lost_ms = -1
         self._lost_step = -1
@@ -157,7 +159,9 @@ class History:
                 continue
             write.end = self.world.step
             write.end_ms = self.world.wall_ms
-            write.durable = durable or self.timing.sync_ms == 0
+            # A due sync is put off where SQL does not answer, or is skipped.
+            in_step = self.timing.sync_ms == 0 and not self.sql_in_doubt
+            write.durable = durable or in_step
 
     def born(
         self, key: str, line: Line, *, start: int, start_ms: int, durable: bool

@@ -148,6 +148,7 @@ class Run:
         self.database.on_insert = lambda key, live: self.history.row_appears(
             key, live=live
         )
+        self.database.on_fault = self._sql_fails
         self.names = frozenset(NODES)
         self.workers = [Worker(self, index, self.names) for index in range(WORKERS)]
         self.slots: list[Slot] = []
@@ -294,6 +295,9 @@ class Run:
         for session in list(self.history.sessions):
             self._read_for_good(session)
 
+    def _sql_fails(self) -> None:
+        self.history.sql_in_doubt = True
+
     def _probe_all(self) -> None:
         """Let every worker notice what answers again."""
         self.world.spend(_LONGEST_PAUSE)
@@ -306,6 +310,7 @@ class Run:
             worker.store.durable.read(access)
             suspects = worker.store.homes.cluster.suspects()
             assert not suspects, suspects
+        self.history.sql_in_doubt = self.database.state() != "ok"
         self.world.alone = False
 
     def _read_for_good(self, session: Session) -> None:
@@ -514,7 +519,7 @@ class Run:
         session.ended = min(session.ended, world.step)
         if not refill:
             history.in_sql(session, start)
-        if session.logout_asked or history.skew_ms:
+        if session.logout_asked or self._looks_over_elsewhere(worker):
             history.excuse(line, start)
         history.acknowledge(writes, durable=True)
         born_ms = session.born_ms if what == "regenerate" else start_ms
@@ -522,6 +527,11 @@ class Run:
         new.born_ms = born_ms
         self._count("moved", f"{session.name} to {new.name}")
         return new
+
+    def _looks_over_elsewhere(self, worker: Worker) -> bool:
+        """Whether a clock is so far ahead that this worker's move seems long done."""
+        ahead_ms = max(self.plan.skews) - self.plan.skews[worker.index]
+        return ahead_ms >= MOVE_AT_WORK_MS
 
     def _refused(self, what: str, error: SessionUnavailable) -> str:
         # More writers at once than a request tries again: the one excuse that
