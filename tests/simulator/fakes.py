@@ -223,6 +223,7 @@ class Exchange:
         self._fail("no answer in time", refused=False)
 
     def _fail(self, reason: str, *, refused: bool) -> None:
+        self.node.faults += 1
         self._fault = NodeFault(reason, refused=refused)
         self.generation = -1
 
@@ -255,12 +256,16 @@ def _ignore(_: object) -> None:
 
 
 class FakeNode:
-    """One server as one worker reaches it: a pool of connections and their ages."""
+    """One server as one worker reaches it: a pool of connections and their ages.
+
+    :ivar faults: exchanges that went wrong.
+    """
 
     def __init__(self, server: Server, worker: int) -> None:
         self.server = server
         self.world = server.world
         self.worker = worker
+        self.faults = 0
         self._ticks = 0
         self._idle: list[tuple[int, int]] = []
 

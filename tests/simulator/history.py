@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from flask_resilient_session.config import Timing
 from flask_resilient_session.replication import Gone, Live
 
+from .hearing import ALL_EARS, Reader
 from .world import World
 
 #: A step after every other: a write that was never acknowledged may still land.
@@ -190,23 +191,30 @@ class History:
     def memory_lost(self) -> None:
         """All nodes are empty: what SQL need not have is not promised any more."""
         world = self.world
-        wait_ms = self.timing.sync_ms + 2 * self.skew_ms + IN_FLIGHT_MS
         self._lost_step, self._lost_ms = world.step, world.wall_ms
         for session in self.sessions:
-            line = session.line
-            if not session.durable and not any(
-                use > session.born_ms + 1 for use in line.uses
-            ):
-                session.weak = True
-            last = max(line.uses, default=0)
-            for register in line.registers.values():
-                for write in register.writes:
-                    if write.end == NEVER or write.start < 0 or write.durable:
-                        continue
-                    if last >= write.end_ms + wait_ms:
-                        write.durable = True
-                    else:
-                        write.end = NEVER
+            self.row_is_left(session)
+
+    def no_row_needed(self, session: Session) -> None:
+        """Without a row it may be lost with its copies, if it never came back."""
+        uses = session.line.uses
+        if not session.durable and not any(use > session.born_ms + 1 for use in uses):
+            session.weak = True
+
+    def row_is_left(self, session: Session) -> None:
+        """What SQL need not have of a session is not promised any more."""
+        wait_ms = self.timing.sync_ms + 2 * self.skew_ms + IN_FLIGHT_MS
+        line = session.line
+        self.no_row_needed(session)
+        last = max(line.uses, default=0)
+        for register in line.registers.values():
+            for write in register.writes:
+                if write.end == NEVER or write.start < 0 or write.durable:
+                    continue
+                if last >= write.end_ms + wait_ms:
+                    write.durable = True
+                else:
+                    write.end = NEVER
 
     def excuse(self, line: Line, start: int) -> None:
         """What was written during this move may be dropped.
@@ -229,46 +237,60 @@ class History:
 
     # --- reads -------------------------------------------------------------------
 
-    def check_live(self, session: Session, live: Live, start: int) -> None:
+    def check_live(
+        self, session: Session, live: Live, start: int, reader: Reader = ALL_EARS
+    ) -> None:
         """A read that began at ``start`` found the session."""
         name = session.name
-        if session.ended < start:
+        if session.ended < start and not reader.may_miss(session.ended):
             raise Violation(
                 "G4", f"{name} was ended at {session.ended} and read at {start}"
             )
-        if session.seen_gone < start:
+        told = reader.told_gone < start or not reader.may_miss(session.seen_gone)
+        if session.seen_gone < start and told:
             raise Violation(
                 "G4",
                 f"{name} was gone at {session.seen_gone} and came back at {start}",
             )
         payload = live.record.payload()
         for key, register in session.line.registers.items():
-            self._check_key(session, register, payload.get(key), start)
+            self._check_key(session, register, payload.get(key), start, reader)
         unknown = payload.keys() - session.line.registers.keys()
         if unknown:
             raise Violation("G6", f"{name} holds {sorted(unknown)}, which nobody wrote")
 
     def _check_key(
-        self, session: Session, register: _Register, value: bytes | None, start: int
+        self,
+        session: Session,
+        register: _Register,
+        value: bytes | None,
+        start: int,
+        reader: Reader,
     ) -> None:
         # Values are unique; absence may be the start or any deletion.
         found = [write for write in register.writes if write.value == value]
         if not found:
             raise Violation("G9", f"{session.name}: nobody wrote {value!r}")
         for write in found:
-            error = self._objection(session, register, write, start)
+            error = self._objection(session, register, write, start, reader)
             if error is None:
-                if len(found) == 1:
+                if len(found) == 1 and not reader.is_behind():
                     register.seen.append(_Seen(start, self.world.step, write))
                 return
         assert error is not None
         raise error
 
     def _objection(
-        self, session: Session, register: _Register, write: Write, start: int
+        self,
+        session: Session,
+        register: _Register,
+        write: Write,
+        start: int,
+        reader: Reader,
     ) -> Violation | None:
         for other in register.writes:
-            if other.end < start and write.end < other.start:
+            after = other.end < start and write.end < other.start
+            if after and not reader.may_miss(other.end):
                 return Violation(
                     "G1",
                     f"{session.name}: a read at {start} saw {write}, but {other}"
@@ -280,6 +302,7 @@ class History:
                 and seen.end < start
                 and write.end < seen.start
                 and seen.write.end < start
+                and not (reader.may_miss(seen.write.end) and reader.may_miss(seen.end))
             ):
                 return Violation(
                     "G8",
