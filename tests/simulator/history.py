@@ -100,7 +100,6 @@ class Session:
     :ivar seen_gone: step at which a request was told that it had been ended.
     :ivar logout_asked: a request began to end it, not to move it.
     :ivar weak: its creation may have been lost with the memory of all nodes.
-    :ivar used_ms: true time at which its last acknowledged request began.
     :ivar touched_ms: true time at which the last request for it was under way.
     """
 
@@ -108,7 +107,6 @@ class Session:
     line: Line
     born: int
     born_ms: int
-    used_ms: int
     touched_ms: int
     durable: bool
     end_asked: int = NEVER
@@ -116,6 +114,8 @@ class Session:
     seen_gone: int = NEVER
     logout_asked: bool = False
     weak: bool = False
+    #: When acknowledged requests were told so, and true times at which they began.
+    uses: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -174,17 +174,17 @@ class History:
             line,
             world.step,
             start_ms,
-            start_ms,
             world.wall_ms,
             durable,
         )
+        session.uses.append((world.step, start_ms))
         session.weak = not durable and start <= self._lost_step
         self.sessions.append(session)
         return session
 
     def used(self, session: Session, start_ms: int) -> None:
         """A request that used the session was acknowledged."""
-        session.used_ms = max(session.used_ms, start_ms)
+        session.uses.append((self.world.step, start_ms))
         session.touched_ms = self.world.wall_ms
         session.line.uses.append(start_ms)
 
@@ -317,7 +317,9 @@ class History:
         final = gone.reason in ("ended", "missing") or session.ended < NEVER
         if final and not session.weak:
             session.seen_gone = min(session.seen_gone, self.world.step)
-        if session.end_asked != NEVER or session.weak or self.may_be_over(session):
+        if session.end_asked != NEVER or session.weak:
+            return
+        if self.may_be_over(session, start):
             return
         raise Violation(
             "G1",
@@ -326,11 +328,13 @@ class History:
 
     # --- time --------------------------------------------------------------------
 
-    def may_be_over(self, session: Session) -> bool:
-        """Whether its time may be over by somebody's clock."""
+    def may_be_over(self, session: Session, start: int) -> bool:
+        """Whether its time may be over by somebody's clock, as known at this step."""
+        # A use that was acknowledged later may not have been seen.
+        used_ms = max(used for step, used in session.uses if step < start)
         timing, now_ms = self.timing, self.world.wall_ms
         late_ms = timing.refresh_ms + timing.sync_ms + 2 * self.skew_ms + IN_FLIGHT_MS
-        over = now_ms >= session.used_ms + timing.lifetime_ms - late_ms
+        over = now_ms >= used_ms + timing.lifetime_ms - late_ms
         if timing.absolute_ms is not None:
             over = over or now_ms >= session.born_ms + timing.absolute_ms - late_ms
         return over
