@@ -9,8 +9,11 @@ replays exactly.
 * ``world``: who runs next, what time it is, what is still on its way.
 * ``fakes``: memcached nodes and SQL that fail on demand.
 * ``history``: what was asked and acknowledged, and what may therefore never be seen.
+* ``hearing``: what a request may not have heard of yet, where a promise says so.
+* ``rollout``: which keys and nodes are rolled out, and what that puts at risk.
 * ``plan``: what one seed does: requests and faults, as data that can be shrunk.
 * ``scenario``: one plan carried out.
+* ``upkeep``: what happens to all at once in it.
 * ``mutations``: the protocol's rules, switched off one at a time.
 
 From the command line: ``python -m tests.simulator --help``.

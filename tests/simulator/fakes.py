@@ -223,6 +223,7 @@ class Exchange:
         self._fail("no answer in time", refused=False)
 
     def _fail(self, reason: str, *, refused: bool) -> None:
+        self.node.faults += 1
         self._fault = NodeFault(reason, refused=refused)
         self.generation = -1
 
@@ -255,12 +256,16 @@ def _ignore(_: object) -> None:
 
 
 class FakeNode:
-    """One server as one worker reaches it: a pool of connections and their ages."""
+    """One server as one worker reaches it: a pool of connections and their ages.
+
+    :ivar faults: exchanges that went wrong.
+    """
 
     def __init__(self, server: Server, worker: int) -> None:
         self.server = server
         self.world = server.world
         self.worker = worker
+        self.faults = 0
         self._ticks = 0
         self._idle: list[tuple[int, int]] = []
 
@@ -367,6 +372,7 @@ class Database:
     :ivar down: it answers nobody.
     :ivar lossy: chance that a statement goes wrong in some way.
     :ivar on_insert: told of each row that appears, and whether it is live.
+    :ivar on_fault: told of each statement that goes wrong.
     """
 
     def __init__(self, world: World) -> None:
@@ -377,6 +383,7 @@ class Database:
         self.down = False
         self.lossy = 0.0
         self.on_insert: Callable[[str, bool], None] = lambda key, live: None
+        self.on_fault: Callable[[], None] = lambda: None
 
     def heal(self) -> None:
         """No fault from now on."""
@@ -591,6 +598,7 @@ class FakeSql:
         elif database.lossy and world.rng.random() < database.lossy:
             fault = self._go_wrong(what, key, apply)
         if fault:
+            database.on_fault()
             world.log("      w{} sql {} {} -> {}", self._worker, what, key[:6], fault)
             raise SqlUnavailable(fault)
         result = apply()

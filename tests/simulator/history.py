@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from flask_resilient_session.config import Timing
 from flask_resilient_session.replication import Gone, Live
 
+from .hearing import ALL_EARS, Reader
 from .world import World
 
 #: A step after every other: a write that was never acknowledged may still land.
@@ -99,7 +100,6 @@ class Session:
     :ivar seen_gone: step at which a request was told that it had been ended.
     :ivar logout_asked: a request began to end it, not to move it.
     :ivar weak: its creation may have been lost with the memory of all nodes.
-    :ivar used_ms: true time at which its last acknowledged request began.
     :ivar touched_ms: true time at which the last request for it was under way.
     """
 
@@ -107,7 +107,6 @@ class Session:
     line: Line
     born: int
     born_ms: int
-    used_ms: int
     touched_ms: int
     durable: bool
     end_asked: int = NEVER
@@ -115,6 +114,8 @@ class Session:
     seen_gone: int = NEVER
     logout_asked: bool = False
     weak: bool = False
+    #: When acknowledged requests were told so, and true times at which they began.
+    uses: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -133,6 +134,8 @@ class History:
         self.timing = timing
         self.skew_ms = skew_ms
         self.sessions: list[Session] = []
+        #: A statement went wrong, and not every worker knows yet that SQL is well.
+        self.sql_in_doubt = False
         self._had_row: set[str] = set()
         self._lost_ms = -1
         self._lost_step = -1
@@ -157,7 +160,9 @@ class History:
                 continue
             write.end = self.world.step
             write.end_ms = self.world.wall_ms
-            write.durable = durable or self.timing.sync_ms == 0
+            # A due sync is put off where SQL does not answer, or is skipped.
+            in_step = self.timing.sync_ms == 0 and not self.sql_in_doubt
+            write.durable = durable or in_step
 
     def born(
         self, key: str, line: Line, *, start: int, start_ms: int, durable: bool
@@ -169,40 +174,47 @@ class History:
             line,
             world.step,
             start_ms,
-            start_ms,
             world.wall_ms,
             durable,
         )
+        session.uses.append((world.step, start_ms))
         session.weak = not durable and start <= self._lost_step
         self.sessions.append(session)
         return session
 
     def used(self, session: Session, start_ms: int) -> None:
         """A request that used the session was acknowledged."""
-        session.used_ms = max(session.used_ms, start_ms)
+        session.uses.append((self.world.step, start_ms))
         session.touched_ms = self.world.wall_ms
         session.line.uses.append(start_ms)
 
     def memory_lost(self) -> None:
         """All nodes are empty: what SQL need not have is not promised any more."""
         world = self.world
-        wait_ms = self.timing.sync_ms + 2 * self.skew_ms + IN_FLIGHT_MS
         self._lost_step, self._lost_ms = world.step, world.wall_ms
         for session in self.sessions:
-            line = session.line
-            if not session.durable and not any(
-                use > session.born_ms + 1 for use in line.uses
-            ):
-                session.weak = True
-            last = max(line.uses, default=0)
-            for register in line.registers.values():
-                for write in register.writes:
-                    if write.end == NEVER or write.start < 0 or write.durable:
-                        continue
-                    if last >= write.end_ms + wait_ms:
-                        write.durable = True
-                    else:
-                        write.end = NEVER
+            self.row_is_left(session)
+
+    def no_row_needed(self, session: Session) -> None:
+        """Without a row it may be lost with its copies, if it never came back."""
+        uses = session.line.uses
+        if not session.durable and not any(use > session.born_ms + 1 for use in uses):
+            session.weak = True
+
+    def row_is_left(self, session: Session) -> None:
+        """What SQL need not have of a session is not promised any more."""
+        wait_ms = self.timing.sync_ms + 2 * self.skew_ms + IN_FLIGHT_MS
+        line = session.line
+        self.no_row_needed(session)
+        last = max(line.uses, default=0)
+        for register in line.registers.values():
+            for write in register.writes:
+                if write.end == NEVER or write.start < 0 or write.durable:
+                    continue
+                if last >= write.end_ms + wait_ms:
+                    write.durable = True
+                else:
+                    write.end = NEVER
 
     def excuse(self, line: Line, start: int) -> None:
         """What was written during this move may be dropped.
@@ -225,46 +237,60 @@ class History:
 
     # --- reads -------------------------------------------------------------------
 
-    def check_live(self, session: Session, live: Live, start: int) -> None:
+    def check_live(
+        self, session: Session, live: Live, start: int, reader: Reader = ALL_EARS
+    ) -> None:
         """A read that began at ``start`` found the session."""
         name = session.name
-        if session.ended < start:
+        if session.ended < start and not reader.may_miss(session.ended):
             raise Violation(
                 "G4", f"{name} was ended at {session.ended} and read at {start}"
             )
-        if session.seen_gone < start:
+        told = reader.told_gone < start or not reader.may_miss(session.seen_gone)
+        if session.seen_gone < start and told:
             raise Violation(
                 "G4",
                 f"{name} was gone at {session.seen_gone} and came back at {start}",
             )
         payload = live.record.payload()
         for key, register in session.line.registers.items():
-            self._check_key(session, register, payload.get(key), start)
+            self._check_key(session, register, payload.get(key), start, reader)
         unknown = payload.keys() - session.line.registers.keys()
         if unknown:
             raise Violation("G6", f"{name} holds {sorted(unknown)}, which nobody wrote")
 
     def _check_key(
-        self, session: Session, register: _Register, value: bytes | None, start: int
+        self,
+        session: Session,
+        register: _Register,
+        value: bytes | None,
+        start: int,
+        reader: Reader,
     ) -> None:
         # Values are unique; absence may be the start or any deletion.
         found = [write for write in register.writes if write.value == value]
         if not found:
             raise Violation("G9", f"{session.name}: nobody wrote {value!r}")
         for write in found:
-            error = self._objection(session, register, write, start)
+            error = self._objection(session, register, write, start, reader)
             if error is None:
-                if len(found) == 1:
+                if len(found) == 1 and not reader.is_behind():
                     register.seen.append(_Seen(start, self.world.step, write))
                 return
         assert error is not None
         raise error
 
     def _objection(
-        self, session: Session, register: _Register, write: Write, start: int
+        self,
+        session: Session,
+        register: _Register,
+        write: Write,
+        start: int,
+        reader: Reader,
     ) -> Violation | None:
         for other in register.writes:
-            if other.end < start and write.end < other.start:
+            after = other.end < start and write.end < other.start
+            if after and not reader.may_miss(other.end):
                 return Violation(
                     "G1",
                     f"{session.name}: a read at {start} saw {write}, but {other}"
@@ -276,6 +302,7 @@ class History:
                 and seen.end < start
                 and write.end < seen.start
                 and seen.write.end < start
+                and not (reader.may_miss(seen.write.end) and reader.may_miss(seen.end))
             ):
                 return Violation(
                     "G8",
@@ -290,7 +317,9 @@ class History:
         final = gone.reason in ("ended", "missing") or session.ended < NEVER
         if final and not session.weak:
             session.seen_gone = min(session.seen_gone, self.world.step)
-        if session.end_asked != NEVER or session.weak or self.may_be_over(session):
+        if session.end_asked != NEVER or session.weak:
+            return
+        if self.may_be_over(session, start):
             return
         raise Violation(
             "G1",
@@ -299,11 +328,13 @@ class History:
 
     # --- time --------------------------------------------------------------------
 
-    def may_be_over(self, session: Session) -> bool:
-        """Whether its time may be over by somebody's clock."""
+    def may_be_over(self, session: Session, start: int) -> bool:
+        """Whether its time may be over by somebody's clock, as known at this step."""
+        # A use that was acknowledged later may not have been seen.
+        used_ms = max(used for step, used in session.uses if step < start)
         timing, now_ms = self.timing, self.world.wall_ms
         late_ms = timing.refresh_ms + timing.sync_ms + 2 * self.skew_ms + IN_FLIGHT_MS
-        over = now_ms >= session.used_ms + timing.lifetime_ms - late_ms
+        over = now_ms >= used_ms + timing.lifetime_ms - late_ms
         if timing.absolute_ms is not None:
             over = over or now_ms >= session.born_ms + timing.absolute_ms - late_ms
         return over

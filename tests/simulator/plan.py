@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
@@ -13,6 +13,7 @@ HOUR = 60 * MINUTE
 DAY = 24 * HOUR
 
 NODES = ("a", "b", "c")
+PAIR = ("a", "b")
 WORKERS = 3
 
 #: What a request does, and how often.
@@ -79,6 +80,8 @@ class Plan:
     """One schedule, but for the order in which its tasks go on.
 
     :ivar order: seed of that order.
+    :ivar trust: seconds for which a copy is trusted while its other home is down.
+    :ivar nodes: those that the workers begin with.
     """
 
     kind: str
@@ -90,6 +93,8 @@ class Plan:
     slots: tuple[bool, ...]
     requests: tuple[Request, ...]
     actions: tuple[Action, ...]
+    trust: float = 0
+    nodes: tuple[str, ...] = NODES
 
 
 def make_plan(kind: str, seed: int) -> Plan:
@@ -110,7 +115,7 @@ def make_plan(kind: str, seed: int) -> Plan:
         )
         for what in whats
     )
-    return Plan(
+    plan = Plan(
         kind=kind,
         seed=seed,
         order=rng.getrandbits(32),
@@ -121,6 +126,8 @@ def make_plan(kind: str, seed: int) -> Plan:
         requests=requests,
         actions=tuple(CLASSES[kind](rng)),
     )
+    adjust = _ADJUSTED.get(kind)
+    return plan if adjust is None else adjust(plan, rng)
 
 
 def _timing(rng: Random) -> Timing:
@@ -315,6 +322,162 @@ def _split(rng: Random) -> list[Action]:
     return [*actions, Action("settle", pinned=True)]
 
 
+def _long(rng: Random) -> list[Action]:
+    """Lifetimes that are longer than memcached keeps anything; reapers run daily."""
+    actions = []
+    for _ in range(rng.randint(1, 4)):
+        days = rng.choice((1, 5, 27, 29, 31, 31, 33, 45, 59, 61))
+        actions += [_sleep(rng, 30), Action("days", amount=days, pinned=True)]
+        if rng.random() < 0.4:
+            node = rng.choice(NODES)
+            actions += _node_period(rng, node, ("crash", "restart", "cut", "evict"))
+    return actions
+
+
+def _rolled(rng: Random, faults: float, nodes: Sequence[str] = NODES) -> list[Action]:
+    """A new configuration reaches worker by worker, while one node may fail.
+
+    :param faults: chance that one does, before each worker's turn.
+    :param nodes: those that may.
+    """
+    actions = []
+    for worker in rng.sample(range(WORKERS), WORKERS):
+        roll = Action("roll", worker=worker, pinned=True)
+        if rng.random() < faults:
+            period = _node_period(rng, rng.choice(nodes), _NODE_FAULTS)
+            # Somewhere in it: before, while or after the node fails.
+            period.insert(rng.randrange(len(period)), roll)
+            actions += period
+        else:
+            actions += [_sleep(rng), roll]
+        if rng.random() < 0.2:
+            actions.append(_jump(rng))
+    return actions
+
+
+def _rotation(rng: Random) -> list[Action]:
+    """The secret key is rotated, worker by worker, while one node may fail.
+
+    All know the new key before any of them seals with it.
+    """
+    actions = []
+    for _ in range(rng.randint(1, 2)):
+        actions += [_sleep(rng), Action("announce", pinned=True)]
+        actions += _rolled(rng, 0.3)
+        actions += [Action("settle", pinned=True), Action("rotate", pinned=True)]
+        actions += _rolled(rng, 0.5)
+        actions += [_sleep(rng), Action("settle", pinned=True)]
+        if rng.random() < 0.6:
+            # The old key goes once every session was written under the new one.
+            actions += [_sleep(rng), Action("renew", pinned=True)]
+            actions.append(Action("drop", pinned=True))
+            actions += _rolled(rng, 0.5)
+            actions.append(Action("settle", pinned=True))
+    return actions
+
+
+def _ring_and_node(rng: Random) -> list[Action]:
+    """The configuration changes by one node, and one node fails meanwhile."""
+    actions = []
+    for _ in range(rng.randint(1, 2)):
+        changed = rng.choice((*NODES, "d", "d", "d"))
+        actions.append(Action("add or remove", changed, pinned=True))
+        # The one that comes or goes is nobody's only home: nothing is risked.
+        nodes = (changed,) if rng.random() < 0.5 else (*NODES, "d")
+        actions += _rolled(rng, 0.6, nodes)
+        actions.append(Action("settle", pinned=True))
+    return actions
+
+
+def _pass(rng: Random) -> Action:
+    """Seconds go by: on the order of those for which a copy is trusted."""
+    return Action("pass", amount=rng.choice((1, 2, 4, 9, 11)))
+
+
+def _cuts(rng: Random, others: tuple[str, ...] = ()) -> list[Action]:
+    """Each worker misses one node, and not all the same one.
+
+    :param others: what else may happen to a node.
+    """
+    nodes = rng.sample(PAIR, 2)
+    cut = [nodes[0], nodes[1], rng.choice(nodes)]
+    rng.shuffle(cut)
+    actions = [_sleep(rng, 20)]
+    for worker in rng.sample(range(WORKERS), WORKERS):
+        actions.append(Action("cut", cut[worker], worker=worker))
+    for _ in range(rng.randint(2, 6)):
+        actions.append(_sleep(rng))
+        if others and rng.random() < 0.6:
+            actions.append(Action(rng.choice(others), rng.choice(nodes)))
+        elif rng.random() < 0.3:
+            worker = rng.randrange(WORKERS)
+            actions.append(Action("cut", cut[worker], worker=worker))
+    actions.append(Action("settle", pinned=True))
+    return actions
+
+
+def _trust(rng: Random) -> list[Action]:
+    """Lone copies are trusted: one node fails, or workers miss different ones."""
+    if rng.random() < 0.3:
+        return _with_passes(rng, _one_node_and_sql(rng))
+    return _with_passes(rng, _cuts(rng))
+
+
+def _trust_and_two(rng: Random) -> list[Action]:
+    """Lone copies are trusted, while both homes fail in one way or another.
+
+    With a sync interval of 0 SQL has all that is acknowledged, and is asked: one node
+    is down for all, or each worker misses one.
+    """
+    if rng.random() < 0.4:
+        return _with_passes(rng, _cuts(rng, ("evict", "restart")))
+    first, second = rng.sample(PAIR, 2)
+    actions = [_sleep(rng, 20), Action("snapshot", second), _sleep(rng, 20)]
+    actions += [Action("crash", first, pinned=True), _sleep(rng)]
+    faults = ("cut", "hang", "lossy", "full", "evict", "zombie", "snapshot")
+    for _ in range(rng.randint(0, 2)):
+        actions += [Action("lossy", second), _sleep(rng, 60)]
+    actions += _node_period(rng, second, faults)
+    return _with_passes(rng, actions)
+
+
+def _with_passes(rng: Random, actions: list[Action]) -> list[Action]:
+    passed = []
+    for action in actions:
+        passed.append(action)
+        if rng.random() < 0.2:
+            passed.append(_pass(rng))
+    return passed
+
+
+def _with_trust(plan: Plan, rng: Random) -> Plan:
+    return replace(plan, trust=rng.choice((1, 3, 10)), nodes=PAIR)
+
+
+def _with_trust_and_sql(plan: Plan, rng: Random) -> Plan:
+    timing = replace(plan.timing, sync_ms=0)
+    # What visitors never came back to has no row, and may be lost with its copies.
+    # One worker has most of the requests: what it did itself it does not trust.
+    requests = tuple(
+        replace(
+            one,
+            what=rng.choice(("logout", "read", "read", one.what, one.what, one.what)),
+            worker=rng.choice((0, 0, 0, one.worker)),
+        )
+        for one in plan.requests
+        if one.what != "create"
+    )
+    slots = (True,) * len(plan.slots)
+    plan = replace(plan, timing=timing, requests=requests, slots=slots)
+    return _with_trust(plan, rng)
+
+
+def _with_long_life(plan: Plan, rng: Random) -> Plan:
+    absolute_ms = rng.choice((None, None, 120 * DAY))
+    timing = replace(plan.timing, lifetime_ms=60 * DAY, absolute_ms=absolute_ms)
+    return replace(plan, timing=timing)
+
+
 CLASSES: dict[str, Callable[[Random], list[Action]]] = {
     "none": _nothing,
     "node": _one_node,
@@ -326,6 +489,18 @@ CLASSES: dict[str, Callable[[Random], list[Action]]] = {
     "reaper": _reaper,
     "stand-in": _stand_in,
     "split": _split,
+    "long": _long,
+    "rotation": _rotation,
+    "ring+node": _ring_and_node,
+    "trust": _trust,
+    "trust+two": _trust_and_two,
+}
+
+#: What else is special about a class.
+_ADJUSTED: dict[str, Callable[[Plan, Random], Plan]] = {
+    "long": _with_long_life,
+    "trust": _with_trust,
+    "trust+two": _with_trust_and_sql,
 }
 
 #: Classes in which every session lives on a and b, so that c stands in for both.

@@ -14,7 +14,6 @@ from flask_resilient_session.access import Access
 from flask_resilient_session.cluster import Cluster
 from flask_resilient_session.codec import encode_value
 from flask_resilient_session.durable import Durable
-from flask_resilient_session.envelope import Keyring
 from flask_resilient_session.errors import SessionUnavailable
 from flask_resilient_session.events import Observer, logger
 from flask_resilient_session.flights import Flights
@@ -34,14 +33,17 @@ from flask_resilient_session.steps import TOO_MANY
 from flask_resilient_session.store import Store
 from flask_resilient_session.turns import Turns
 
+from . import upkeep
 from .fakes import Database, FakeNode, FakeSql, Server
-from .history import NEVER, History, Line, Session, Violation
+from .hearing import Excuse, Hearing, Moment, Reader
+from .history import IN_FLIGHT_MS, NEVER, History, Line, Session, Violation
 from .plan import NODES, ON_TWO, WORKERS, Action, Plan, Request
+from .rollout import SECRETS, Rollout, keyring
 from .world import Landing, WorkerClock, World, quiet
 
 USER = "_user_id"
 
-_KEYRING = Keyring(["the simulator's secret"], "simulator")
+_KEYRING = keyring(SECRETS)
 _NODE_TIMEOUT = 0.25
 _LONGEST_PAUSE = 2.0
 _BUDGET = 10.0
@@ -51,6 +53,10 @@ _SETTLE_TRIES = 8
 @lru_cache(maxsize=64)
 def _ring(names: frozenset[str]) -> Ring:
     return Ring([RingNode(name) for name in sorted(names)], 2)
+
+
+def _homes_of(names: frozenset[str], session_key: str) -> tuple[str, ...]:
+    return _ring(names).homes(session_key)
 
 
 def _holds(
@@ -81,8 +87,9 @@ class Worker:
                 first_pause=0.5, longest_pause=_LONGEST_PAUSE, tolerated_timeouts=3
             )
 
+        self.nodes = {n: FakeNode(run.servers[n], index) for n in sorted(names)}
         cluster = Cluster(
-            {name: FakeNode(run.servers[name], index) for name in sorted(names)},
+            dict(self.nodes),
             new_breaker=new_breaker,
             node_timeout=_NODE_TIMEOUT,
             key_prefix="",
@@ -93,7 +100,10 @@ class Worker:
         )
         self.observer = observer
         self.index = index
+        self.process = run.new_process()
         self.names = names
+        self.secrets = run.rollout.secrets
+        self.keyring = keyring(self.secrets)
         self.clock = clock
         self.sql = FakeSql(run.database, index)
         durable = Durable(
@@ -114,6 +124,7 @@ class Worker:
             clock=clock,
             random=world.rng,
             observer=observer,
+            outage_trust=run.plan.trust,
             turns=Turns(partial(Landing, world)),
         )
         self._timing = run.plan.timing
@@ -121,7 +132,17 @@ class Worker:
     def access(self, session_key: str) -> Access:
         """The terms of one request."""
         deadline = self.clock.monotonic() + _BUDGET
-        return Access(session_key, _KEYRING, self._timing, deadline)
+        return Access(session_key, self.keyring, self._timing, deadline)
+
+    def faults(self, session_key: str) -> int:
+        """Exchanges with the session's homes that went wrong."""
+        names = _homes_of(self.names, session_key)
+        return sum(self.nodes[name].faults for name in names)
+
+    def skips(self, session_key: str) -> bool:
+        """Whether it skips one of the session's homes."""
+        suspects = self.store.homes.cluster.suspects()
+        return not suspects.isdisjoint(_homes_of(self.names, session_key))
 
 
 @dataclass
@@ -148,7 +169,11 @@ class Run:
         self.database.on_insert = lambda key, live: self.history.row_appears(
             key, live=live
         )
-        self.names = frozenset(NODES)
+        self.database.on_fault = self._sql_fails
+        self.names = frozenset(plan.nodes)
+        self.rollout = Rollout(self.names, _homes_of)
+        self.hearing = Hearing(self.world, NEVER)
+        self._processes = 0
         self.workers = [Worker(self, index, self.names) for index in range(WORKERS)]
         self.slots: list[Slot] = []
         self.counts: Counter[str] = Counter()
@@ -167,6 +192,11 @@ class Run:
             self.world.run(self._operate)
         if self.plan.kind == "none" and self.counts["unavailable"]:
             raise Violation("G7", "unavailable without a fault")
+
+    def new_process(self) -> int:
+        """A number for each process that ever was."""
+        self._processes += 1
+        return self._processes
 
     def _new_key(self) -> str:
         while True:
@@ -245,10 +275,15 @@ class Run:
             self._settle()
         elif what == "split":
             self._split()
+        elif what in ("pass", "days", "renew", "announce", "rotate", "drop"):
+            upkeep.act(self, what, action.amount)
         else:
             names = self.servers if action.node == "all" else [action.node]
             for name in names:
                 self._act_on_node(what, self.servers[name], action.worker)
+                if what not in ("heal", "start", "snapshot"):
+                    self.rollout.fails(name)
+            self._tell_risks()
 
     def _act_on_sql(self, what: str) -> None:
         self.database.heal()
@@ -278,8 +313,16 @@ class Run:
 
     def _roll(self, index: int) -> None:
         worker = self.workers[index]
-        if worker.names != self.names:
+        now = (self.names, self.rollout.secrets)
+        if (worker.names, worker.secrets) != now:
             self.workers[index] = Worker(self, index, self.names)
+            self.rollout.spreads(self.names)
+            self._tell_risks()
+
+    def _tell_risks(self) -> None:
+        for session in self.history.sessions:
+            if self.rollout.at_risk(session.key):
+                self.history.row_is_left(session)
 
     def _hold(self) -> None:
         """Wait until no request is under way, and let none begin."""
@@ -299,6 +342,11 @@ class Run:
         self.held = False
         for session in list(self.history.sessions):
             self._read_for_good(session)
+        if {worker.names for worker in self.workers} == {self.names}:
+            self.rollout.is_over(self.names)
+
+    def _sql_fails(self) -> None:
+        self.history.sql_in_doubt = True
 
     def _split(self) -> None:
         """Cut every worker off from another node, or none."""
@@ -332,38 +380,47 @@ class Run:
                 access = worker.access("0" * 64)
                 worker.store.peek(access, sorted(worker.names))
             worker.store.durable.read(worker.access("0" * 64))
+        self.history.sql_in_doubt = self.database.state() != "ok"
         self.world.alone = False
 
     def _read_for_good(self, session: Session) -> None:
         """Load and save until it worked, by a worker that no fault touches."""
         for _ in range(_SETTLE_TRIES):
             self.world.step += 1
-            worker = self.world.rng.choice(self.workers)
+            worker = self.world.rng.choice(self._informed())
             self.world.log("read {} by w{}", session.name, worker.index)
             if self._use(worker, session) in ("live", "gone"):
                 return
         raise Violation("G7", f"{session.name} stays unavailable without a fault")
 
+    def _informed(self) -> list[Worker]:
+        """The workers that know every key that some worker seals with."""
+        current = {worker.secrets[0] for worker in self.workers}
+        return [one for one in self.workers if current <= {*one.secrets}]
+
     def _spawn_reaper(self, index: int) -> None:
+        def run() -> None:
+            self.active += 1
+            self.reap(index)
+            self.active -= 1
+
+        self.world.spawn(f"reaper of w{index}", run)
+
+    def reap(self, index: int) -> None:
+        """One pass of a worker's reaper."""
         worker = self.workers[index]
         reaper = Reaper(
             worker.sql,
             worker.store,
-            keyring=_KEYRING,
+            keyring=worker.keyring,
             timing=self.plan.timing,
             clock=worker.clock,
             observer=worker.observer,
         )
-
-        def run() -> None:
-            self.active += 1
-            report = reaper.run(ReapOptions(batch_size=2))
-            self.world.log("  reaper of w{}: {}", index, report)
-            self.counts["reaped"] += report.reaped
-            self.counts["renewed"] += report.renewed
-            self.active -= 1
-
-        self.world.spawn(f"reaper of w{index}", run)
+        report = reaper.run(ReapOptions(batch_size=2))
+        self.world.log("  reaper of w{}: {}", index, report)
+        self.counts["reaped"] += report.reaped
+        self.counts["renewed"] += report.renewed
 
     # --- requests ----------------------------------------------------------------
 
@@ -400,11 +457,13 @@ class Run:
         except SessionUnavailable as error:
             self._refused("create", error)
             return None
+        self.hearing.note(worker.process)
         self._check_places(worker, key, changes)
         session = history.born(
             key, line, start=start, start_ms=start_ms, durable=required
         )
         history.acknowledge(writes, durable=required)
+        self._tell_risks()
         self._count("created", session.name)
         return session
 
@@ -415,16 +474,18 @@ class Run:
         world, history = self.world, self.history
         start, start_ms = world.step, world.wall_ms
         access = worker.access(session.key)
+        reader = self._reader(worker, session)
         verdict = worker.store.load(access)
+        self.hearing.note(worker.process)
         session.touched_ms = max(session.touched_ms, world.wall_ms)
         if isinstance(verdict, Unknown):
             return self._count("unavailable", "load")
         if isinstance(verdict, Gone):
             self._count("gone", session.name, verdict.reason)
-            history.check_gone(session, verdict, start)
+            self._gone(worker, session, verdict, start)
             return "gone"
         self.world.log("  live {}: {}", session.name, _Shown(verdict))
-        history.check_live(session, verdict, start)
+        history.check_live(session, verdict, start, reader)
         history.check_time(session, start_ms)
         try:
             if what == "logout":
@@ -454,17 +515,51 @@ class Run:
             return self._refused(what, error)
         if isinstance(saved, Gone):
             self._count("gone", session.name, saved.reason)
-            history.check_gone(session, saved, start)
+            self._gone(worker, session, saved, start)
             return "gone"
+        self.hearing.note(worker.process)
         if required:
             history.in_sql(session, start)
         if session.end_asked == NEVER:
             self._check_places(worker, session.key, changes)
         history.acknowledge(writes, durable=required)
+        self._tell_risks()
         history.used(session, start_ms)
         if saved.standing is Standing.UNVERIFIED:
             return self._count("unverified", session.name)
         return self._count("live", session.name)
+
+    def _gone(self, worker: Worker, session: Session, gone: Gone, start: int) -> None:
+        self.hearing.note(worker.process)
+        self.history.check_gone(session, gone, start)
+        if session.seen_gone != NEVER:
+            self.hearing.note_gone(session.name, worker.process)
+
+    def _reader(self, worker: Worker, session: Session) -> Reader:
+        """What a request that begins now may miss."""
+        world, timing, key = self.world, self.plan.timing, session.key
+        mono, wall_ms = world.mono, world.wall_ms
+        skipped, faults = worker.skips(key), worker.faults(key)
+        # In use it meets SQL at its next sync; after a rest it asks first.
+        sync_ms = timing.sync_ms or timing.refresh_ms
+        sync_ms = 2 * (sync_ms + self.history.skew_ms) + IN_FLIGHT_MS
+
+        def home_down() -> bool:
+            return skipped or worker.faults(key) > faults
+
+        def trusted(moment: Moment) -> bool:
+            return moment.mono > mono - self.plan.trust
+
+        def at_risk() -> bool:
+            return self.rollout.at_risk(key)
+
+        def not_synced(moment: Moment) -> bool:
+            return moment.wall_ms + sync_ms >= wall_ms
+
+        excuses = [Excuse(at_risk, not_synced)]
+        if self.plan.trust:
+            excuses.append(Excuse(home_down, trusted))
+        return self.hearing.reader(session.name, worker.process, excuses)
 
     def _check_places(
         self, worker: Worker, key: str, changes: Mapping[str, bytes | None]
@@ -497,6 +592,7 @@ class Run:
             worker.store.end(worker.access(session.key), live)
         except SessionUnavailable as error:
             return self._refused("end", error)
+        self.hearing.note(worker.process)
         session.ended = min(session.ended, self.world.step)
         return self._count("ended", session.name)
 
@@ -522,6 +618,7 @@ class Run:
             changes["s"] = self._new_value()
         writes = history.write(line, changes, start)
         session.end_asked = min(session.end_asked, start)
+        dropped = worker.observer.stats["dropped_changes"]
         try:
             moved = worker.store.move(
                 access,
@@ -535,12 +632,19 @@ class Run:
             return self._refused(what, error)
         if isinstance(moved, Gone):
             self._count("gone", session.name, moved.reason)
-            history.check_gone(session, moved, start)
+            self._gone(worker, session, moved, start)
             return "gone"
+        self.hearing.note(worker.process)
         session.ended = min(session.ended, world.step)
         if not refill:
             history.in_sql(session, start)
-        if session.logout_asked or history.skew_ms:
+        # What it found on the old homes it says to have dropped, for want of SQL.
+        said = worker.observer.stats["dropped_changes"] > dropped
+        if (
+            session.logout_asked
+            or self._looks_over_elsewhere(worker)
+            or (said and history.sql_in_doubt)
+        ):
             history.excuse(line, start)
         history.acknowledge(writes, durable=True)
         born_ms = session.born_ms if what == "regenerate" else start_ms
@@ -548,6 +652,11 @@ class Run:
         new.born_ms = born_ms
         self._count("moved", f"{session.name} to {new.name}")
         return new
+
+    def _looks_over_elsewhere(self, worker: Worker) -> bool:
+        """Whether a clock is so far ahead that this worker's move seems long done."""
+        ahead_ms = max(self.plan.skews) - self.plan.skews[worker.index]
+        return ahead_ms >= MOVE_AT_WORK_MS
 
     def _refused(self, what: str, error: SessionUnavailable) -> str:
         # More writers at once than a request tries again: the one excuse that
