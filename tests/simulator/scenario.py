@@ -545,7 +545,7 @@ class Run:
         sync_ms = 2 * (sync_ms + self.history.skew_ms) + IN_FLIGHT_MS
 
         def home_down() -> bool:
-            return skipped or worker.faults(key) > faults
+            return skipped or worker.skips(key) or worker.faults(key) > faults
 
         def trusted(moment: Moment) -> bool:
             return moment.mono > mono - self.plan.trust
