@@ -401,12 +401,6 @@ def changes_not_told_to_the_stand_in(patch: Patch) -> None:
     patch(Homes, "tell_stand_in", lambda *_: None)
 
 
-@_mutation("split")
-def stand_in_set_back(patch: Patch) -> None:
-    """What the stand-in is told replaces what it has heard of since."""
-    patch(homes, "with_what_stands", lambda record, reply: record)
-
-
 @_mutation("stand-in")
 def stand_in_is_a_home(patch: Patch) -> None:
     """A change that the home that is left and the stand-in took needs no SQL."""
