@@ -1,10 +1,11 @@
 """What a request may not have heard of yet, where that is what is promised.
 
-Two promises have a time in them. While a home is down a copy that SQL vouched for may
+Three promises have a time in them. An end that no home could be told is known to those
+that reach both at their next sync. While a home is down a copy that SQL vouched for may
 be trusted for some seconds. And while new nodes are rolled out, a worker may go on with
 the old pair of homes until its next sync, should the one node fail that both pairs have
-in common. Both allow a request to miss what others were told lately: never what its own
-process was told, and never for longer.
+in common. These two allow a request to miss what others were told lately: never what its
+own process was told, and never for longer.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ class Excuse(NamedTuple):
 
     :ivar holds: whether there is a reason for it.
     :ivar covers: whether what was told then is young enough.
+    :ivar own: also what its own process was told.
     """
 
     holds: Callable[[], bool]
     covers: Callable[[Moment], bool]
+    own: bool = False
 
 
 class Reader:
@@ -60,9 +63,14 @@ class Reader:
     def may_miss(self, step: int) -> bool:
         """Whether it may not have heard of what was told at this step."""
         moment = self._moments.get(step)
-        if moment is None or moment.process == self._process:
+        if moment is None:
             return False
-        return any(excuse.holds() and excuse.covers(moment) for excuse in self._excuses)
+        own = moment.process == self._process
+        return any(
+            excuse.holds() and excuse.covers(moment)
+            for excuse in self._excuses
+            if excuse.own or not own
+        )
 
 
 #: A request that may miss nothing.
@@ -92,5 +100,8 @@ class Hearing:
 
     def reader(self, name: str, process: int, excuses: Iterable[Excuse]) -> Reader:
         """A request of this process that may miss what one of the excuses covers."""
+        excuses = tuple(excuses)
         told_gone = self._gone.get((name, process), self._never)
+        if any(excuse.own and excuse.holds() for excuse in excuses):
+            told_gone = self._never
         return Reader(self._moments, process, excuses, told_gone)

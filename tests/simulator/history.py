@@ -100,6 +100,7 @@ class Session:
     :ivar seen_gone: step at which a request was told that it had been ended.
     :ivar logout_asked: a request began to end it, not to move it.
     :ivar weak: its creation may have been lost with the memory of all nodes.
+    :ivar untold: who ended it could tell neither home.
     :ivar touched_ms: true time at which the last request for it was under way.
     """
 
@@ -114,6 +115,7 @@ class Session:
     seen_gone: int = NEVER
     logout_asked: bool = False
     weak: bool = False
+    untold: bool = False
     #: When acknowledged requests were told so, and true times at which they began.
     uses: list[tuple[int, int]] = field(default_factory=list)
 

@@ -144,6 +144,11 @@ class Worker:
         suspects = self.store.homes.cluster.suspects()
         return not suspects.isdisjoint(_homes_of(self.names, session_key))
 
+    def skips_both(self, session_key: str) -> bool:
+        """Whether it skips all of the session's homes."""
+        suspects = self.store.homes.cluster.suspects()
+        return suspects.issuperset(_homes_of(self.names, session_key))
+
 
 @dataclass
 class Slot:
@@ -556,7 +561,10 @@ class Run:
         def not_synced(moment: Moment) -> bool:
             return moment.wall_ms + sync_ms >= wall_ms
 
-        excuses = [Excuse(at_risk, not_synced)]
+        def untold() -> bool:
+            return session.untold
+
+        excuses = [Excuse(at_risk, not_synced), Excuse(untold, not_synced, own=True)]
         if self.plan.trust:
             excuses.append(Excuse(home_down, trusted))
         return self.hearing.reader(session.name, worker.process, excuses)
@@ -594,6 +602,7 @@ class Run:
             return self._refused("end", error)
         self.hearing.note(worker.process)
         session.ended = min(session.ended, self.world.step)
+        session.untold |= worker.skips_both(session.key)
         return self._count("ended", session.name)
 
     def _move(
@@ -636,6 +645,7 @@ class Run:
             return "gone"
         self.hearing.note(worker.process)
         session.ended = min(session.ended, world.step)
+        session.untold |= worker.skips_both(session.key)
         if not refill:
             history.in_sql(session, start)
         # What it found on the old homes it says to have dropped, for want of SQL.
@@ -717,7 +727,7 @@ class Run:
             for reply in store.peek(access, store.homes.names(access)).values()
         ]
         live = [copy for copy in copies if isinstance(copy, Record)]
-        if session.ended < NEVER and live:
+        if session.ended < NEVER and live and not session.untold:
             raise Violation("G4", f"{session.name} was ended and a home holds it")
         if "gone" in shown and not any(self.plan.skews) and len(shown) > 1:
             raise Violation("G8", f"{session.name} is gone for some workers only")
