@@ -4,8 +4,8 @@ Three promises have a time in them. An end that no home could be told is known t
 that reach both at their next sync. While a home is down a copy that SQL vouched for may
 be trusted for some seconds. And while new nodes are rolled out, a worker may go on with
 the old pair of homes until its next sync, should the one node fail that both pairs have
-in common. These two allow a request to miss what others were told lately: never what its
-own process was told, and never for longer.
+in common. The last two allow a request to miss what others were told lately: never what
+its own process was told, and never for longer.
 """
 
 from __future__ import annotations
