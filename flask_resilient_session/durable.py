@@ -31,11 +31,13 @@ from .replication import (
     RowLive,
     RowMissing,
     SqlSilent,
+)
+from .sql import USER_ID_LENGTH, Row
+from .times import (
     row_expires_ms,
     synced_at,
     tombstone_expires_ms,
 )
-from .sql import USER_ID_LENGTH, Row
 
 _Result = TypeVar("_Result")
 

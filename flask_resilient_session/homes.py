@@ -13,15 +13,17 @@ from .cluster import Cluster
 from .record import Copy, Record, Reply, Token, Tombstone
 from .replication import (
     PAIR,
-    expires_ms,
-    exptime_seconds,
-    longest_rest_ms,
     places_of,
     to_remove,
-    tombstone_expires_ms,
 )
 from .ring import Ring
 from .stand_in import to_be_told, with_what_stands
+from .times import (
+    expires_ms,
+    exptime_seconds,
+    longest_rest_ms,
+    tombstone_expires_ms,
+)
 from .wire import Ack, Request
 
 #: How long the homes remember that SQL knows no such session: a genuine cookie of a

@@ -24,13 +24,15 @@ from .replication import (
     Unknown,
     buried_at,
     confirmed,
-    expires_ms,
     judge_copies,
     judge_row,
-    overdue,
     torn,
 )
 from .stand_in import judge_stand_in, with_stand_in
+from .times import (
+    expires_ms,
+    overdue,
+)
 from .trust import Trust
 from .wire import Ack
 

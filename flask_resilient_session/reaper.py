@@ -22,33 +22,29 @@ from .durable import Durable
 from .envelope import Keyring
 from .errors import SqlUnavailable
 from .events import Observer, logger, session_expired, short
-from .record import Hit, Record, Reply, Unreachable
-from .replication import (
+from .reaping import (
     Keep,
     Reap,
     Renew,
+    may_reap,
+)
+from .record import Hit, Record, Reply, Unreachable
+from .replication import (
     RowAnswer,
     RowLive,
-    may_reap,
 )
 from .sql import Row
 from .store import Store
+from .times import CLOCKS_APART_MS, DAY_MS, LONGEST_IN_MEMORY_MS
 
 DEFAULT_BATCH_SIZE: Final = 500
 
 #: Seconds for one statement of the reaper: nobody waits for it as for a page.
 STATEMENT_SECONDS: Final = 30.0
 
-#: A row synced this far in the future was written under another clock, and then
-#: nothing that this host's clock says about expiry can be trusted.
-_CLOCK_TOLERANCE_MS: Final = 5 * 60 * 1000
-
-_DAY_MS: Final = 24 * 60 * 60 * 1000
-
-#: memcached keeps nothing for longer than 30 days without being told again. Under
-#: longer lifetimes a copy's last changes would vanish before the session does.
-_LONGEST_IN_MEMORY_MS: Final = 30 * _DAY_MS
-_SYNC_AFTER_MS: Final = 28 * _DAY_MS
+#: Under lifetimes longer than memcached keeps anything a copy's last changes would
+#: vanish before the session does: it is synced before that.
+_SYNC_AFTER_MS: Final = 28 * DAY_MS
 
 
 class Refusal(enum.Enum):
@@ -195,7 +191,7 @@ class Reaper:
 
     def _pass(self, options: ReapOptions, report: ReapReport, started: float) -> None:
         newest = self._sql.newest_sync(self._until())
-        if newest > self._clock.now_ms() + _CLOCK_TOLERANCE_MS:
+        if newest > self._clock.now_ms() + CLOCKS_APART_MS:
             report.refused = Refusal.CLOCKS_APART
             return
         for batch in self._batches(options, report):
@@ -242,7 +238,7 @@ class Reaper:
         while batch := self._sql.page_expired(before_ms, after, size, self._until()):
             yield batch
             after = (batch[-1].expires_at, batch[-1].session_key)
-        if self._timing.lifetime_ms <= _LONGEST_IN_MEMORY_MS:
+        if self._timing.lifetime_ms <= LONGEST_IN_MEMORY_MS:
             return
         expired_ms, before_ms, after = before_ms, now_ms - _SYNC_AFTER_MS, (0, "")
         while batch := self._sql.page_unsynced(

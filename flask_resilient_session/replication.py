@@ -28,24 +28,11 @@ from .record import (
     join_tombstones,
     same_state,
 )
+from .times import CLOCKS_APART_MS, expires_ms, refresh_due
 from .wire import Ack
 
 #: With fewer homes there is no second opinion: SQL is asked and told every time.
 PAIR: Final = 2
-
-_DAY_MS: Final = 24 * 60 * 60 * 1000
-
-#: memcached takes an expiry over 30 days for a date.
-_LONGEST_EXPTIME: Final = 30 * 24 * 60 * 60
-
-#: Tombstones and copies outlive what they stand for by this: more than clocks differ.
-_MARGIN_MS: Final = _DAY_MS
-
-#: A time this far ahead is that of a clock which is wrong, and says nothing.
-_CLOCKS_APART_MS: Final = 5 * 60_000
-
-#: The shortest rest after which SQL is asked first, where every change is synced.
-_SLACK_MS: Final = 60_000
 
 #: A request that moves a session has ended after this, whatever its budget.
 MOVE_AT_WORK_MS: Final = 60_000
@@ -155,57 +142,6 @@ class SqlSilent:
 RowAnswer: TypeAlias = RowLive | RowDead | RowMissing | RowCorrupt | SqlSilent
 
 
-# --- time ------------------------------------------------------------------------
-
-
-def expires_ms(record: Record, timing: Timing) -> int:
-    """When the session ends unless it is used again, in Unix milliseconds."""
-    idle = record.last_use_ms + timing.lifetime_ms
-    if timing.absolute_ms is None:
-        return idle
-    return min(idle, record.created_ms + timing.absolute_ms)
-
-
-def row_expires_ms(record: Record, timing: Timing) -> int:
-    """When the row may be looked at by the reaper: never before the session ends.
-
-    The row hears of uses only at syncs, and of unchanged sessions' only when a
-    refresh is due, so it waits that much longer.
-    """
-    return expires_ms(record, timing) + timing.sync_ms + timing.refresh_ms
-
-
-def tombstone_expires_ms(tombstone: Tombstone, timing: Timing) -> int:
-    """When no copy of the session that it stands for can still be alive."""
-    return (
-        tombstone.ended_ms
-        + timing.lifetime_ms
-        + timing.sync_ms
-        + timing.refresh_ms
-        + _MARGIN_MS
-    )
-
-
-def exptime_seconds(until_ms: int, timing: Timing, now_ms: int) -> int:
-    """memcached's time to live for something that matters until then; never 0."""
-    remaining = until_ms - now_ms + timing.reap_grace_ms + _MARGIN_MS
-    return max(1, min(_LONGEST_EXPTIME, remaining // 1000))
-
-
-def synced_at(before_ms: int, now_ms: int) -> int:
-    """The time of a sync that is made now, after one that was made before.
-
-    A clock that is a little behind does not undo the last one; one that was far ahead
-    must not keep everybody from syncing until its time has come.
-    """
-    return now_ms if before_ms - now_ms > _CLOCKS_APART_MS else max(before_ms, now_ms)
-
-
-def refresh_due(record: Record, timing: Timing, now_ms: int) -> bool:
-    """Whether a use is worth telling the homes."""
-    return now_ms - record.last_use_ms >= timing.refresh_ms
-
-
 # --- reading ---------------------------------------------------------------------
 
 
@@ -235,24 +171,8 @@ def judge_copies(
             record = join_records(record, copy)
     if expires_ms(record, timing) <= now_ms:
         return None
-    places = {name: reply.token for name, reply in _hits(replies)}
+    places = {name: reply.token for name, reply in hits_of(replies)}
     return Live(record, Standing.AGREED, places)
-
-
-def overdue(record: Record, timing: Timing, now_ms: int) -> bool:
-    """Whether a pair has not heard of SQL for so long that SQL is asked first.
-
-    The session may have been ended by somebody who reached SQL but no home. In use it
-    meets that at its next sync. One that comes back from a long rest would be served
-    once more before: for twice the interval it may, and no longer.
-    """
-    rested_ms = now_ms - record.synced_ms
-    return not record.never_synced and rested_ms >= longest_rest_ms(timing)
-
-
-def longest_rest_ms(timing: Timing) -> int:
-    """How long nodes are believed that have not heard of SQL."""
-    return 2 * timing.sync_ms + _SLACK_MS
 
 
 def torn(replies: Mapping[str, Reply]) -> bool:
@@ -274,13 +194,13 @@ def judge_row(
     replies: Mapping[str, Reply], row: RowAnswer, timing: Timing, now_ms: int
 ) -> Live | Gone | InsertFirst | Unknown:
     """What homes and SQL together say, where the homes alone did not settle it."""
-    copies = [hit.copy for _, hit in _hits(replies) if isinstance(hit.copy, Record)]
+    copies = [hit.copy for _, hit in hits_of(replies) if isinstance(hit.copy, Record)]
     if isinstance(row, RowDead):
         return buried(row.tombstone, replies, now_ms)
     if isinstance(row, SqlSilent):
         if row.well or not copies:
             return Unknown()
-        record = replace(_join_all(copies), unverified=True)
+        record = replace(join_all(copies), unverified=True)
         if expires_ms(record, timing) <= now_ms:
             return Unknown()
         return Live(record, Standing.UNVERIFIED, places_of(replies))
@@ -290,14 +210,14 @@ def judge_row(
             return Unknown()
         if not copies or not all(copy.never_synced for copy in copies):
             return Gone("missing", noted_at=places_of(replies))
-        record = _join_all(copies)
+        record = join_all(copies)
     elif isinstance(row, RowCorrupt):
         if not copies:
             return Gone("missing")
-        record = replace(_join_all(copies), row_version=row.version)
+        record = replace(join_all(copies), row_version=row.version)
         record = replace(record, writes=max(record.writes, 1))
     else:
-        record = _join_all([row.record, *copies])
+        record = join_all([row.record, *copies])
         # The row was read last, so that a copy which knows a later version is from
         # before SQL was set back to an older state.
         record = replace(
@@ -324,11 +244,13 @@ def confirmed(record: Record, replies: Mapping[str, Reply]) -> Live:
     return Live(record, Standing.CONFIRMED, places, repairs)
 
 
-def _hits(replies: Mapping[str, Reply]) -> list[tuple[str, Hit]]:
+def hits_of(replies: Mapping[str, Reply]) -> list[tuple[str, Hit]]:
+    """The nodes that hold something of the session, and what."""
     return [(name, reply) for name, reply in replies.items() if isinstance(reply, Hit)]
 
 
-def _join_all(records: Sequence[Record]) -> Record:
+def join_all(records: Sequence[Record]) -> Record:
+    """What one or more records hold together."""
     joined = records[0]
     for record in records[1:]:
         joined = join_records(joined, record)
@@ -368,13 +290,13 @@ def places_of(replies: Mapping[str, Reply]) -> dict[str, Token | None]:
 
 def buried_at(replies: Mapping[str, Reply]) -> list[str]:
     """The nodes that hold a tombstone already."""
-    return [n for n, hit in _hits(replies) if isinstance(hit.copy, Tombstone)]
+    return [n for n, hit in hits_of(replies) if isinstance(hit.copy, Tombstone)]
 
 
 def tombstone_of(replies: Mapping[str, Reply]) -> Tombstone | None:
     """What stands for the session where any of these nodes holds a tombstone."""
     found: Tombstone | None = None
-    for _, hit in _hits(replies):
+    for _, hit in hits_of(replies):
         if isinstance(hit.copy, Tombstone):
             found = hit.copy if found is None else join_tombstones(found, hit.copy)
     return found
@@ -478,7 +400,7 @@ def sql_need(
         due = behind or refresh_due(record, timing, now_ms)
     else:
         since_ms = now_ms - record.synced_ms
-        due = since_ms >= timing.sync_ms or since_ms < -_CLOCKS_APART_MS
+        due = since_ms >= timing.sync_ms or since_ms < -CLOCKS_APART_MS
     return SqlNeed.DUE if due else SqlNeed.NONE
 
 
@@ -524,75 +446,3 @@ def to_remove(acks: Mapping[str, Ack], places: Mapping[str, Token | None]) -> li
         return []
     refused = [name for name, ack in acks.items() if ack is Ack.REFUSED]
     return sorted(refused, key=lambda name: places.get(name) is None)[:1]
-
-
-# --- reaping ---------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Reap:
-    """The row may be deleted."""
-
-
-@dataclass(frozen=True, slots=True)
-class Renew:
-    """The session is alive: the row is to hold this."""
-
-    record: Record
-
-
-@dataclass(frozen=True, slots=True)
-class Bury:
-    """The session was ended while SQL could not be told."""
-
-    tombstone: Tombstone
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """The row stays as it is, since it cannot be checked now."""
-
-    reason: str
-
-
-ReapVerdict: TypeAlias = Reap | Renew | Bury | Keep
-
-
-def may_reap(
-    row: RowAnswer,
-    replies: Mapping[str, Reply],
-    timing: Timing,
-    now_ms: int,
-    row_expires_at: int,
-) -> ReapVerdict:
-    """What to do with a row that is past its time.
-
-    :param replies: the reply of every home that the session may live on.
-    :param row_expires_at: the row's own word on its time, for one that cannot be read.
-    """
-    silent = [n for n, reply in replies.items() if isinstance(reply, Unreachable)]
-    if silent:
-        return Keep(f"no answer from {', '.join(sorted(silent))}")
-    copies = [hit.copy for _, hit in _hits(replies) if isinstance(hit.copy, Record)]
-    if isinstance(row, SqlSilent):
-        # Sealed under a key that is not known here: perhaps not yet, and then some
-        # worker uses it, or no more, and then nobody ever will.
-        forgotten = row_expires_at + timing.lifetime_ms <= now_ms
-        return Reap() if forgotten and not copies else Keep(row.reason)
-    if isinstance(row, RowDead):
-        # A copy that could still be served is the reason to keep the tombstone.
-        alive = any(expires_ms(copy, timing) > now_ms for copy in copies)
-        return Keep("a node still holds a copy") if alive else Reap()
-    tombstone = tombstone_of(replies)
-    if tombstone is not None:
-        return Bury(replace(tombstone, debt=False))
-    if isinstance(row, RowLive):
-        copies.append(row.record)
-    if not copies:
-        return Reap()
-    record = _join_all(copies)
-    if expires_ms(record, timing) <= now_ms:
-        return Reap()
-    if isinstance(row, RowCorrupt):
-        record = replace(record, row_version=row.version)
-    return Renew(replace(record, never_synced=False, unverified=False))

@@ -20,10 +20,12 @@ from .replication import (
     Standing,
     Unknown,
     judge_acks,
-    refresh_due,
     sql_need,
 )
 from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
+from .times import (
+    refresh_due,
+)
 from .wire import Ack
 
 

@@ -35,11 +35,13 @@ from .replication import (
     Live,
     Standing,
     buried,
-    expires_ms,
     holds,
     places_of,
     tombstone_of,
     vouches,
+)
+from .times import (
+    expires_ms,
 )
 from .wire import Ack
 

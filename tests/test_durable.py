@@ -45,6 +45,8 @@ from flask_resilient_session.replication import (
     RowLive,
     RowMissing,
     SqlSilent,
+)
+from flask_resilient_session.times import (
     row_expires_ms,
     tombstone_expires_ms,
 )

@@ -32,8 +32,10 @@ LEVELS = {
     "config": 2,
     # decisions
     "access": 3,
-    "replication": 3,
-    "stand_in": 4,
+    "times": 3,
+    "replication": 4,
+    "stand_in": 5,
+    "reaping": 5,
     # one server each
     "node": 2,
     "rows": 1,
@@ -47,36 +49,36 @@ LEVELS = {
     "trust": 2,
     # all copies, the row
     "cluster": 3,
-    "homes": 5,
-    "durable": 4,
+    "homes": 6,
+    "durable": 5,
     # the order of steps
-    "loading": 6,
-    "steps": 6,
-    "saving": 7,
+    "loading": 7,
+    "steps": 7,
+    "saving": 8,
     "ending": 8,
-    "moving": 8,
-    "store": 9,
+    "moving": 9,
+    "store": 10,
     # a request and its cookie
     "session": 2,
     "cookie": 2,
     "keys": 4,
-    "visit": 10,
-    "trace": 11,
-    "interface": 12,
+    "visit": 11,
+    "trace": 12,
+    "interface": 13,
     # upkeep
-    "reaper": 10,
-    "revocation": 10,
-    "cli": 11,
+    "reaper": 11,
+    "revocation": 11,
+    "cli": 12,
     # all of it, put together
     "engines": 4,
-    "extension": 13,
-    "__init__": 14,
+    "extension": 14,
+    "__init__": 15,
 }
 
 #: Rooms that get everything as arguments: their functions only compute.
 PURE = {
     *("ring", "health", "record", "codec", "config", "addresses", "wire"),
-    *("replication", "stand_in", "access", "envelope"),
+    *("times", "replication", "stand_in", "reaping", "access", "envelope"),
 }
 IMPURE_MODULES = {
     *("socket", "select", "selectors", "ssl", "time", "random", "os", "io", "pathlib"),

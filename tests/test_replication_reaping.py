@@ -28,19 +28,23 @@ from builders import (
     record,
     timing,
 )
+from flask_resilient_session.reaping import (
+    Bury,
+    Keep,
+    Reap,
+    Renew,
+    may_reap,
+)
 from flask_resilient_session.record import (
     Hit,
     Tombstone,
 )
 from flask_resilient_session.replication import (
-    Bury,
-    Keep,
-    Reap,
-    Renew,
     RowLive,
+)
+from flask_resilient_session.times import (
     expires_ms,
     exptime_seconds,
-    may_reap,
     refresh_due,
     row_expires_ms,
     tombstone_expires_ms,

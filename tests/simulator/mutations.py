@@ -42,9 +42,11 @@ from flask_resilient_session.replication import (
     Outcome,
     SqlNeed,
     Standing,
-    refresh_due,
 )
 from flask_resilient_session.saving import Saver
+from flask_resilient_session.times import (
+    refresh_due,
+)
 from flask_resilient_session.trust import Trust
 from flask_resilient_session.wire import Ack, Set
 
@@ -311,7 +313,7 @@ def reaper_asks_nobody(patch: Patch) -> None:
 @_mutation("long")
 def rows_never_renewed(patch: Patch) -> None:
     """What memcached forgets after 30 days is not brought to SQL before."""
-    patch(reaper, "_LONGEST_IN_MEMORY_MS", 1 << 60)
+    patch(reaper, "LONGEST_IN_MEMORY_MS", 1 << 60)
 
 
 # --- trusting a lone copy ----------------------------------------------------------

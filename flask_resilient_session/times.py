@@ -1,0 +1,89 @@
+"""When sessions, rows, tombstones and copies end, and when what is due.
+
+All times are Unix milliseconds, and none is read here: now is passed in.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from .config import Timing
+from .record import Record, Tombstone
+
+DAY_MS: Final = 24 * 60 * 60 * 1000
+
+#: memcached takes an expiry over 30 days for a date, and keeps nothing for longer.
+LONGEST_IN_MEMORY_MS: Final = 30 * DAY_MS
+
+#: Tombstones and copies outlive what they stand for by this: more than clocks differ.
+_MARGIN_MS: Final = DAY_MS
+
+#: A time this far ahead is that of a clock which is wrong, and says nothing.
+CLOCKS_APART_MS: Final = 5 * 60_000
+
+#: The shortest rest after which SQL is asked first, where every change is synced.
+_SLACK_MS: Final = 60_000
+
+
+def expires_ms(record: Record, timing: Timing) -> int:
+    """When the session ends unless it is used again, in Unix milliseconds."""
+    idle = record.last_use_ms + timing.lifetime_ms
+    if timing.absolute_ms is None:
+        return idle
+    return min(idle, record.created_ms + timing.absolute_ms)
+
+
+def row_expires_ms(record: Record, timing: Timing) -> int:
+    """When the row may be looked at by the reaper: never before the session ends.
+
+    The row hears of uses only at syncs, and of unchanged sessions' only when a
+    refresh is due, so it waits that much longer.
+    """
+    return expires_ms(record, timing) + timing.sync_ms + timing.refresh_ms
+
+
+def tombstone_expires_ms(tombstone: Tombstone, timing: Timing) -> int:
+    """When no copy of the session that it stands for can still be alive."""
+    return (
+        tombstone.ended_ms
+        + timing.lifetime_ms
+        + timing.sync_ms
+        + timing.refresh_ms
+        + _MARGIN_MS
+    )
+
+
+def exptime_seconds(until_ms: int, timing: Timing, now_ms: int) -> int:
+    """memcached's time to live for something that matters until then; never 0."""
+    remaining = until_ms - now_ms + timing.reap_grace_ms + _MARGIN_MS
+    return max(1, min(LONGEST_IN_MEMORY_MS // 1000, remaining // 1000))
+
+
+def synced_at(before_ms: int, now_ms: int) -> int:
+    """The time of a sync that is made now, after one that was made before.
+
+    A clock that is a little behind does not undo the last one; one that was far ahead
+    must not keep everybody from syncing until its time has come.
+    """
+    return now_ms if before_ms - now_ms > CLOCKS_APART_MS else max(before_ms, now_ms)
+
+
+def refresh_due(record: Record, timing: Timing, now_ms: int) -> bool:
+    """Whether a use is worth telling the homes."""
+    return now_ms - record.last_use_ms >= timing.refresh_ms
+
+
+def overdue(record: Record, timing: Timing, now_ms: int) -> bool:
+    """Whether a pair has not heard of SQL for so long that SQL is asked first.
+
+    The session may have been ended by somebody who reached SQL but no home. In use it
+    meets that at its next sync. One that comes back from a long rest would be served
+    once more before: for twice the interval it may, and no longer.
+    """
+    rested_ms = now_ms - record.synced_ms
+    return not record.never_synced and rested_ms >= longest_rest_ms(timing)
+
+
+def longest_rest_ms(timing: Timing) -> int:
+    """How long nodes are believed that have not heard of SQL."""
+    return 2 * timing.sync_ms + _SLACK_MS
