@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -466,16 +465,22 @@ def test_answer_from_before_a_logout(lab: Lab) -> None:
         return row
 
     sql.read = slow_once
+    flights = lab.worker.state.store.durable._flights
+    share, asking = flights.share, []
+
+    def counted(question: str, *arguments: Any, **options: Any) -> Any:
+        asking.append(question)
+        return share(question, *arguments, **options)
+
+    flights.share = counted
     before = lab.start(late.twin().sees)
     assert reading.wait(PATIENCE)
     assert other.logs_out().status == 200
     lab.restart(late, FIRST)
     lab.restart(late, SECOND)
-    trips = lab.worker.stats["round_trips"]
     after = lab.start(late.twin().sees)
-    wait_until(lambda: lab.worker.stats["round_trips"] > trips, PATIENCE)
     # It has asked the homes; now it asks SQL, or waits for who does.
-    time.sleep(0.1)
+    wait_until(lambda: len(asking) == 2, PATIENCE, "both to need SQL")
     go_on.set()
     assert after.result(PATIENCE) == {}
     assert before.result(PATIENCE) == MEMBER, "it came before the logout"
