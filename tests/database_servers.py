@@ -208,9 +208,12 @@ class DatabaseServer(ABC):
     def kill(self) -> None:
         """Kill it like the power switch; on return connecting is refused."""
         self._signal(signal.SIGSTOP)
-        self._signal(signal.SIGKILL)
+        killed = self._signal(signal.SIGKILL)
         assert self._process is not None
         self._process.wait(DEADLINE)
+        # One that still ends keeps the shared memory, and no other can be started.
+        for process in killed:
+            wait_until(lambda p=process: _state(p) in "ZX", DEADLINE, "the last one")
         self._frozen.clear()
 
     def freeze(self) -> None:
