@@ -1,10 +1,10 @@
 """Which combinations of a scenario's parameters are run on which database.
 
-A scenario is run in all of them on SQLite. Where a node hangs, or where many threads
-work, a combination takes long, and what a database answers does not depend on, say,
-how a wire to a node was cut and to which one. Such a scenario is marked, and each
-server gets every value of every parameter, in as few combinations as that takes; the
-two servers begin at opposite ends, so that they get different ones.
+A scenario is run in all of them on SQLite. What a database answers does not depend on,
+say, how a wire to a node was cut and to which one, and a combination takes long where a
+node hangs or many threads work. Such scenarios are marked, and on each server they get
+every value of every parameter, in as few combinations as that takes; the two servers
+begin at opposite ends, so that they get different ones.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ from lab import (
 from lab_databases import LabDatabase
 from servers import Memcached, wait_until
 
+#: Which home it is, or how it is lost, makes no difference to a database.
+pytestmark = pytest.mark.each_value
+
 THREADS = 4
 TIMES = 25
 
@@ -118,7 +121,6 @@ def test_healthy(lab: Lab, workers: int) -> None:
     _in_the_end(lab, user, crowd)
 
 
-@pytest.mark.each_value
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("verb", ["kill", "restart", "evict"])
 @each_home

@@ -31,6 +31,9 @@ from lab import (
 from lab_databases import LabDatabase
 from servers import Memcached, wait_until
 
+#: Which home it is, or how it is lost, makes no difference to a database.
+pytestmark = pytest.mark.each_value
+
 MEMBER = {"_user_id": "7", "x": 1}
 
 
@@ -167,7 +170,6 @@ def test_one_home_killed(lab: Lab, home: str, end: End, remains: str) -> None:
     dead_everywhere(lab, late, remains)
 
 
-@pytest.mark.each_value
 @each_end
 @each_home
 def test_one_home_frozen(hasty: Lab, home: str, end: End, remains: str) -> None:
@@ -184,7 +186,6 @@ def test_one_home_frozen(hasty: Lab, home: str, end: End, remains: str) -> None:
     assert late.sees() in ({}, {"y": 1})
 
 
-@pytest.mark.each_value
 @each_end
 @pytest.mark.parametrize("cut", ["refuse", "hold", "drip", "reset"])
 @each_home
@@ -229,7 +230,6 @@ def test_one_home_cut_off_and_the_other_restarted_first(
 # --- both homes away -------------------------------------------------------------
 
 
-@pytest.mark.each_value
 @each_end
 @pytest.mark.parametrize("verb", ["kill", "freeze"])
 def test_both_homes_away(hasty: Lab, verb: str, end: End, remains: str) -> None:
@@ -314,7 +314,6 @@ def test_debt_of_a_visitor(hasty: Lab) -> None:
     assert all_over(hasty, late) == [DEAD] * 3
 
 
-@pytest.mark.each_value
 @each_home
 @pytest.mark.parametrize("verb", ["kill", "freeze"])
 def test_logout_without_sql_and_a_home(hasty: Lab, home: str, verb: str) -> None:
@@ -352,7 +351,6 @@ def test_save_after_the_end(lab: Lab, healthy: bool, end: End, remains: str) -> 
     assert late.sees() == {}
 
 
-@pytest.mark.each_value
 @each_end
 @pytest.mark.parametrize("verb", ["restart", "evict"])
 @each_home
@@ -496,7 +494,6 @@ def _revokes(worker: Worker, user: str = "7") -> int:
         return int(worker.sessions.revoke_user(user))
 
 
-@pytest.mark.each_value
 @each_home
 @pytest.mark.parametrize("verb", ["kill", "freeze"])
 def test_revoked_without_a_home(hasty: Lab, home: str, verb: str) -> None:
@@ -534,7 +531,6 @@ def test_revoked_under_way(lab: Lab) -> None:
 # --- trust during an outage ------------------------------------------------------
 
 
-@pytest.mark.each_value
 @each_end
 @each_home
 def test_trusted_copy(
@@ -566,7 +562,6 @@ def _passes_at(worker: Worker, seconds: float) -> None:
 # --- late packets ----------------------------------------------------------------
 
 
-@pytest.mark.each_value
 @each_end
 @each_home
 def test_late_change(hasty: Lab, home: str, end: End, remains: str) -> None:

@@ -25,6 +25,9 @@ from lab import (
 from lab_databases import LabDatabase
 from servers import Memcached
 
+#: Which home it is, or how it is lost, makes no difference to a database.
+pytestmark = pytest.mark.each_value
+
 MEMBER = {"_user_id": "7", "x": 1}
 
 
@@ -517,7 +520,6 @@ def test_another_server_at_the_address(
 CUTS = ["refuse", "hold", "drip", "reset"]
 
 
-@pytest.mark.each_value
 @pytest.mark.parametrize("cut", CUTS)
 @each_home
 def test_cut_off(hasty: Lab, home: str, cut: str) -> None:
@@ -542,7 +544,6 @@ def test_cut_off(hasty: Lab, home: str, cut: str) -> None:
     assert hasty.copies(user) == [MEMBER | {"x": 2}] * 2
 
 
-@pytest.mark.each_value
 @pytest.mark.parametrize("cut", CUTS)
 @each_home
 def test_each_worker_reaches_another_home(hasty: Lab, home: str, cut: str) -> None:
@@ -569,7 +570,6 @@ def test_each_worker_reaches_another_home(hasty: Lab, home: str, cut: str) -> No
     assert hasty.copies(user) == [everything, everything]
 
 
-@pytest.mark.each_value
 @pytest.mark.parametrize("cut", ["hold", "drip"])
 @each_home
 def test_late_write_never_undoes_a_newer_one(hasty: Lab, home: str, cut: str) -> None:

@@ -27,6 +27,9 @@ from lab import (
 from lab_databases import LabDatabase
 from servers import Memcached
 
+#: Which home it is, or how it is lost, makes no difference to a database.
+pytestmark = pytest.mark.each_value
+
 MEMBER = {"_user_id": "7", "x": 1}
 
 #: Seconds after a session's last sync until the reaper looks at its row.
@@ -59,7 +62,6 @@ def _used_without_sql(lab: Lab) -> User:
 # --- nodes that do not answer ----------------------------------------------------
 
 
-@pytest.mark.each_value
 @pytest.mark.parametrize("verb", ["kill", "freeze"])
 @each_home
 def test_keeps_what_it_cannot_check(lab: Lab, home: str, verb: str) -> None:
