@@ -42,8 +42,7 @@ TOMBSTONE_DUE = DUE + 24 * 3600
 @pytest.fixture
 def lab(nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
     """Two nodes, and a worker that does not wait long for either."""
-    config = HASTY | {"RESILIENT_SESSION_REQUEST_BUDGET": 4.0}
-    with new_lab(nodes, lab_database, **config) as lab:
+    with new_lab(nodes, lab_database, **HASTY) as lab:
         yield lab
 
 
