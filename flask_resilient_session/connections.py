@@ -83,7 +83,7 @@ def own_engine(engine: sa.Engine, sql_timeout: float) -> sa.Engine:
         return _server_engine(engine, sql_timeout)
     if is_in_memory(engine.url):
         return plain_engine(sa.make_url("sqlite://"), sql_timeout)
-    return _sqlite_engine(engine.url, sql_timeout, creator=engine.pool._creator)
+    return _sqlite_engine(engine.url, sql_timeout, like=engine)
 
 
 def plain_engine(url: sa.URL, sql_timeout: float) -> sa.Engine:
@@ -95,10 +95,25 @@ def plain_engine(url: sa.URL, sql_timeout: float) -> sa.Engine:
     return _server_engine(connecting, sql_timeout)
 
 
-def _sqlite_engine(url: sa.URL, sql_timeout: float, **options: Any) -> sa.Engine:
+def _sqlite_engine(
+    url: sa.URL, sql_timeout: float, like: sa.Engine | None = None
+) -> sa.Engine:
+    """An engine on SQLite, which connects like another one where there is one."""
     alone = is_in_memory(url)
-    if alone:
-        options["connect_args"] = {"check_same_thread": False}
+    connecting = like or sa.create_engine(
+        url,
+        connect_args={"check_same_thread": False} if alone else {},
+        poolclass=sa.NullPool,
+    )
+
+    def connect(record: Any) -> Any:
+        connection = connecting.pool._invoke_creator(record)
+        # What prepares a new connection, the application's hooks among it, may need
+        # the file. The driver would wait five seconds for it.
+        wait_ms = int(sql_timeout * 1000)
+        connection.execute(f"PRAGMA busy_timeout = {wait_ms}").close()
+        return connection
+
     return sa.create_engine(
         url,
         poolclass=sa.QueuePool,
@@ -106,9 +121,9 @@ def _sqlite_engine(url: sa.URL, sql_timeout: float, **options: Any) -> sa.Engine
         max_overflow=0 if alone else POOL_OVERFLOW,
         pool_timeout=sql_timeout,
         pool_use_lifo=True,
+        creator=connect,
         isolation_level="AUTOCOMMIT",
         hide_parameters=True,
-        **options,
     )
 
 

@@ -10,7 +10,19 @@ import pytest
 from apps import Sites, TimeMachine
 from builders import close_nodes
 from database_servers import DatabaseServer, MariaDB, PostgreSQL, only_session
+from lab_databases import NAMES, LabDatabase, lent_database
+from selection import EACH_VALUE, without_needless_combinations
 from servers import Memcached, MemcachedPool, ServerMissing, find_program
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make our own marker known."""
+    config.addinivalue_line("markers", EACH_VALUE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what would take long and say nothing new."""
+    items[:] = without_needless_combinations(items)
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +104,14 @@ def database(request: pytest.FixtureRequest) -> DatabaseServer:
     """Each database server in turn."""
     server: DatabaseServer = request.getfixturevalue(request.param)
     return server
+
+
+@pytest.fixture(params=NAMES)
+def lab_database(
+    request: pytest.FixtureRequest, tmp_path: Path
+) -> Iterator[LabDatabase]:
+    """Each database in turn, for a lab: a file of SQLite, and a table on servers."""
+    yield from lent_database(request, request.param, tmp_path)
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from database_servers import DatabaseServer, new_table_name
+from database_servers import new_table_name
 from lab import DEAD, FIRST, LIFETIME, MOVED, SECOND, Answer, Lab, N, User, Worker
+from lab_databases import LabDatabase, ServerTable, lent_database
 from servers import Memcached, wait_until
 
 #: For a database that may hang. Requests may be late by what a busy machine adds.
@@ -25,35 +26,14 @@ MEMBER = {"_user_id": "7", "x": 1}
 
 
 class DatabaseLab(Lab):
-    """A lab whose sessions have their rows on a database server."""
+    """A lab whose sessions have their rows on a database server.
 
-    def __init__(
-        self,
-        nodes: list[Memcached],
-        folder: Path,
-        server: DatabaseServer,
-        **config: Any,
-    ) -> None:
-        self.server = server
-        self._looking = sa.create_engine(server.url, poolclass=sa.NullPool)
-        super().__init__(
-            nodes,
-            folder,
-            SQLALCHEMY_DATABASE_URI=server.uri,
-            RESILIENT_SESSION_TABLE=new_table_name(),
-            **config,
-        )
+    :ivar server: what a test stops, kills and freezes.
+    """
 
-    def raw_row(self, user: User) -> dict[str, Any] | None:
-        """See :class:`Lab`; over a connection of our own."""
-        table = self.worker.state.sql.table
-        query = sa.select(table).where(table.c.session_key == user.session_key)
-        with self._looking.connect() as connection:
-            found = connection.execute(query).mappings().first()
-        if found is None:
-            return None
-        record = found["record"]
-        return {**found, "record": None if record is None else bytes(record)}
+    def __init__(self, nodes: list[Memcached], table: ServerTable, **config: Any):
+        super().__init__(nodes, table, **config)
+        self.server = table.server
 
     def database_gone(self, end: str) -> None:
         """Stop, kill or freeze the server."""
@@ -65,31 +45,27 @@ class DatabaseLab(Lab):
         self.settle()
 
 
+@pytest.fixture(params=["postgresql", "mariadb"])
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LabDatabase]:
+    """A table on each server in turn."""
+    yield from lent_database(request, request.param, tmp_path)
+
+
 @pytest.fixture
-def lab(
-    nodes: list[Memcached], tmp_path: Path, database: DatabaseServer
-) -> Iterator[DatabaseLab]:
+def lab(nodes: list[Memcached], table: ServerTable) -> Iterator[DatabaseLab]:
     """Two nodes, one worker that has patience, and each database in turn."""
-    with opened(DatabaseLab(nodes, tmp_path, database)) as lab:
-        lab.settle()
+    with opened(DatabaseLab(nodes, table)) as lab:
         yield lab
 
 
 @pytest.fixture
-def hasty(
-    nodes: list[Memcached], tmp_path: Path, database: DatabaseServer
-) -> Iterator[DatabaseLab]:
+def hasty(nodes: list[Memcached], table: ServerTable) -> Iterator[DatabaseLab]:
     """The same with a worker that has none, and has used SQL before."""
-    with opened(
-        DatabaseLab(
-            nodes,
-            tmp_path,
-            database,
-            RESILIENT_SESSION_REQUEST_BUDGET=BUDGET,
-            RESILIENT_SESSION_SQL_TIMEOUT=SQL_TIMEOUT,
-        )
-    ) as lab:
-        lab.settle()
+    config = {
+        "RESILIENT_SESSION_REQUEST_BUDGET": BUDGET,
+        "RESILIENT_SESSION_SQL_TIMEOUT": SQL_TIMEOUT,
+    }
+    with opened(DatabaseLab(nodes, table, **config)) as lab:
         yield lab
 
 
@@ -196,15 +172,11 @@ def test_two_workers_and_one_session(lab: DatabaseLab) -> None:
 @pytest.mark.parametrize("level", ["READ COMMITTED", "SERIALIZABLE"])
 @pytest.mark.parametrize("action", ["save", "log in", "log out"])
 def test_the_applications_transaction_is_its_own(
-    nodes: list[Memcached],
-    tmp_path: Path,
-    database: DatabaseServer,
-    level: str,
-    action: str,
+    nodes: list[Memcached], table: ServerTable, level: str, action: str
 ) -> None:
     """A view that leaves its work uncommitted: ours is committed, its is not."""
     options = {"isolation_level": level}
-    lab = DatabaseLab(nodes, tmp_path, database, SQLALCHEMY_ENGINE_OPTIONS=options)
+    lab = DatabaseLab(nodes, table, SQLALCHEMY_ENGINE_OPTIONS=options)
     with opened(lab):
         db = lab.worker.app.extensions["sqlalchemy"]
         cart = sa.Table(new_table_name(), db.metadata, sa.Column("item", sa.String(20)))
@@ -388,7 +360,7 @@ def test_the_database_is_away_when_the_application_starts(
     """Pages that need no SQL work, and the table is made when it is back."""
     user = member(hasty)
     hasty.database_gone("stop")
-    late = hasty.new_worker(RESILIENT_SESSION_TABLE=new_table_name())
+    late = hasty.new_worker(connected=False, RESILIENT_SESSION_TABLE=new_table_name())
     assert in_time(user.at(late).does(dict)).status in (200, 503)
     hasty.database_back()
     visitor = User(late)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from lab import (
     DEAD,
     FIRST,
     HASTY,
+    HASTY_WITH_SQL,
     LIFETIME,
     MOVED,
     OTHER,
@@ -29,22 +28,26 @@ from lab import (
     each_home,
     new_lab,
 )
+from lab_databases import LabDatabase
 from servers import Memcached, wait_until
+
+#: Which home it is, or how it is lost, makes no difference to a database.
+pytestmark = pytest.mark.each_value
 
 MEMBER = {"_user_id": "7", "x": 1}
 
 
 @pytest.fixture
-def lab(nodes: list[Memcached], tmp_path: Path) -> Iterator[Lab]:
+def lab(nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
     """Two nodes, one worker."""
-    with new_lab(nodes, tmp_path) as lab:
+    with new_lab(nodes, lab_database) as lab:
         yield lab
 
 
 @pytest.fixture
-def hasty(nodes: list[Memcached], tmp_path: Path) -> Iterator[Lab]:
+def hasty(nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
     """Two nodes, and a worker that does not wait long for anything."""
-    with new_lab(nodes, tmp_path, **HASTY) as lab:
+    with new_lab(nodes, lab_database, **HASTY) as lab:
         yield lab
 
 
@@ -284,16 +287,19 @@ def test_debt(hasty: Lab) -> None:
 
 
 @each_home
-def test_debt_is_paid_from_one_home(hasty: Lab, home: str) -> None:
+def test_debt_is_paid_from_one_home(
+    nodes: list[Memcached], lab_database: LabDatabase, home: str
+) -> None:
     """One of the two tombstones is enough to pay the debt."""
-    user = hasty.member(x=1)
-    hasty.sql_locked("EXCLUSIVE")
-    late = ended(_logs_out, user)
-    hasty.sql_unlocked()
-    hasty.restart(late, home)
-    hasty.settle()
-    assert late.sees() == {}
-    assert all_over(hasty, late) == [DEAD] * 3
+    with new_lab(nodes, lab_database, **HASTY_WITH_SQL) as lab:
+        user = lab.member(x=1)
+        lab.sql_locked()
+        late = ended(_logs_out, user)
+        lab.sql_unlocked()
+        lab.restart(late, home)
+        lab.settle()
+        assert late.sees() == {}
+        assert all_over(lab, late) == [DEAD] * 3
 
 
 def test_debt_of_a_visitor(hasty: Lab) -> None:
@@ -457,16 +463,22 @@ def test_answer_from_before_a_logout(lab: Lab) -> None:
         return row
 
     sql.read = slow_once
+    flights = lab.worker.state.store.durable._flights
+    share, asking = flights.share, []
+
+    def counted(question: str, *arguments: Any, **options: Any) -> Any:
+        asking.append(question)
+        return share(question, *arguments, **options)
+
+    flights.share = counted
     before = lab.start(late.twin().sees)
     assert reading.wait(PATIENCE)
     assert other.logs_out().status == 200
     lab.restart(late, FIRST)
     lab.restart(late, SECOND)
-    trips = lab.worker.stats["round_trips"]
     after = lab.start(late.twin().sees)
-    wait_until(lambda: lab.worker.stats["round_trips"] > trips, PATIENCE)
     # It has asked the homes; now it asks SQL, or waits for who does.
-    time.sleep(0.1)
+    wait_until(lambda: len(asking) == 2, PATIENCE, "both to need SQL")
     go_on.set()
     assert after.result(PATIENCE) == {}
     assert before.result(PATIENCE) == MEMBER, "it came before the logout"
@@ -522,11 +534,11 @@ def test_revoked_under_way(lab: Lab) -> None:
 @each_end
 @each_home
 def test_trusted_copy(
-    nodes: list[Memcached], tmp_path: Path, home: str, end: End, remains: str
+    nodes: list[Memcached], lab_database: LabDatabase, home: str, end: End, remains: str
 ) -> None:
     """A copy trusted during an outage serves an ended session no longer than that."""
     config = HASTY | {"RESILIENT_SESSION_OUTAGE_TRUST": 1.0}
-    with new_lab(nodes, tmp_path, **config) as lab:
+    with new_lab(nodes, lab_database, **config) as lab:
         user = lab.member(x=1)
         worker, wires = lab.wired_worker()
         remote = user.at(worker)
@@ -536,8 +548,15 @@ def test_trusted_copy(
         # Both homes were told, the one that the other worker reaches too.
         assert remote.sees() == {}
         lab.restart(late, OTHER[home])
-        time.sleep(1.1)
+        _passes_at(worker, 1.1)
         assert remote.sees() == {}
+
+
+def _passes_at(worker: Worker, seconds: float) -> None:
+    """Let time pass for what a worker measures in seconds, such as trust."""
+    clock = worker.state.clock
+    monotonic = clock.monotonic
+    clock.monotonic = lambda: monotonic() + seconds
 
 
 # --- late packets ----------------------------------------------------------------
@@ -610,10 +629,10 @@ def test_late_tombstone(hasty: Lab, home: str) -> None:
 
 @each_end
 def test_copy_on_a_former_home(
-    three_nodes: list[Memcached], tmp_path: Path, end: End, remains: str
+    three_nodes: list[Memcached], lab_database: LabDatabase, end: End, remains: str
 ) -> None:
     """A copy that a former home kept through the end is not served by a later ring."""
-    with new_lab(three_nodes, tmp_path) as lab:
+    with new_lab(three_nodes, lab_database) as lab:
         user = lab.member(x=1)
         addresses = {name: s.address for name, s in lab.servers.items()}
         gone = lab.name(user, SECOND)
@@ -649,13 +668,13 @@ def test_late_in_the_lifetime(lab: Lab, home: str) -> None:
 
 
 def test_a_logout_that_sql_missed_is_made_up_for(
-    nodes: list[Memcached], tmp_path: Path
+    nodes: list[Memcached], lab_database: LabDatabase
 ) -> None:
     """SQL hears of it from whoever needs SQL next, and not only from a reader."""
-    with new_lab(nodes, tmp_path, **HASTY) as lab:
+    with new_lab(nodes, lab_database, **HASTY_WITH_SQL) as lab:
         user, other = lab.member(), lab.member()
         cookie = user.twin()
-        lab.sql_locked()
+        lab.sql_locked(readable=True)
         assert user.logs_out().status == 200
         lab.sql_unlocked()
         assert lab.row(cookie) != DEAD

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +24,11 @@ from lab import (
     each_home,
     new_lab,
 )
+from lab_databases import LabDatabase
 from servers import Memcached
+
+#: Which home it is, or how it is lost, makes no difference to a database.
+pytestmark = pytest.mark.each_value
 
 MEMBER = {"_user_id": "7", "x": 1}
 
@@ -37,10 +40,9 @@ TOMBSTONE_DUE = DUE + 24 * 3600
 
 
 @pytest.fixture
-def lab(nodes: list[Memcached], tmp_path: Path) -> Iterator[Lab]:
+def lab(nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
     """Two nodes, and a worker that does not wait long for either."""
-    config = HASTY | {"RESILIENT_SESSION_REQUEST_BUDGET": 4.0}
-    with new_lab(nodes, tmp_path, **config) as lab:
+    with new_lab(nodes, lab_database, **HASTY) as lab:
         yield lab
 
 
@@ -301,9 +303,11 @@ def test_unsynced_change_while_it_renews(lab: Lab) -> None:
 # --- at the same time ------------------------------------------------------------
 
 
-def test_with_requests_at_the_same_time(nodes: list[Memcached], tmp_path: Path) -> None:
+def test_with_requests_at_the_same_time(
+    nodes: list[Memcached], lab_database: LabDatabase
+) -> None:
     """Reaping without a pause disturbs no living session and removes the dead ones."""
-    with new_lab(nodes, tmp_path) as lab:
+    with new_lab(nodes, lab_database) as lab:
         _reap_and_use(lab)
 
 
@@ -347,10 +351,10 @@ def _reap_and_use(lab: Lab) -> None:
 
 
 def test_row_that_names_a_removed_node(
-    three_nodes: list[Memcached], tmp_path: Path
+    three_nodes: list[Memcached], lab_database: LabDatabase
 ) -> None:
     """A row whose home is no longer configured stays until that home is forgotten."""
-    with new_lab(three_nodes, tmp_path) as lab:
+    with new_lab(three_nodes, lab_database) as lab:
         user = _used_without_sql(lab)
         gone = lab.name(user, SECOND)
         addresses = {
@@ -371,10 +375,10 @@ def test_row_that_names_a_removed_node(
 
 
 def test_host_without_the_rows_nodes(
-    three_nodes: list[Memcached], tmp_path: Path
+    three_nodes: list[Memcached], lab_database: LabDatabase
 ) -> None:
     """A reaper that knows none of the rows' nodes refuses, and deletes nothing."""
-    with new_lab(three_nodes[:2], tmp_path) as lab:
+    with new_lab(three_nodes[:2], lab_database) as lab:
         user = lab.member(x=1)
         lab.pass_time(DUE)
         worker = lab.new_worker({"elsewhere": three_nodes[2].address})

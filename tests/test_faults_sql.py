@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +10,8 @@ import pytest
 from lab import (
     DEAD,
     FIRST,
-    HASTY,
+    HASTY_BUDGET,
+    HASTY_WITH_SQL,
     MOVED,
     OTHER,
     SECOND,
@@ -24,6 +22,7 @@ from lab import (
     each_home,
     new_lab,
 )
+from lab_databases import LabDatabase
 from servers import Memcached
 
 MEMBER = {"_user_id": "7", "x": 1}
@@ -31,11 +30,10 @@ OLD = {"_user_id": "7", "x": 0}
 
 
 @pytest.fixture
-def lab(nodes: list[Memcached], tmp_path: Path) -> Iterator[Lab]:
+def lab(nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
     """Two nodes, and a worker that does not wait long for SQL."""
-    config = HASTY | {"RESILIENT_SESSION_NODE_TIMEOUT": 0.5}
-    with new_lab(nodes, tmp_path, **config) as lab:
-        # The file and its table are there before anybody takes them away.
+    with new_lab(nodes, lab_database, **HASTY_WITH_SQL) as lab:
+        # The database and its table are there before anybody takes them away.
         lab.member()
         yield lab
 
@@ -52,7 +50,7 @@ class Trouble:
         if self._kind == "gone":
             self._lab.sql_gone()
         else:
-            self._lab.sql_locked("EXCLUSIVE")
+            self._lab.sql_locked()
 
     def ends(self) -> None:
         """SQL is back, and the worker has noticed."""
@@ -102,6 +100,7 @@ def test_reads_and_changes_go_on(lab: Lab, sql: Trouble) -> None:
     assert user.sees() == {"_user_id": "7", "x": 4}
 
 
+@pytest.mark.each_value
 @pytest.mark.parametrize("changing", [True, False], ids=["change", "read"])
 def test_due_sync_is_put_off_and_made_up_for(
     lab: Lab, sql: Trouble, changing: bool
@@ -114,7 +113,7 @@ def test_due_sync_is_put_off_and_made_up_for(
     for number in range(6):
         answer = user.changes(y=number) if changing else user.does(dict)
         assert answer.status == 200
-        assert answer.seconds < 2 + 1
+        assert answer.seconds < HASTY_BUDGET + 1
     assert lab.worker.stats["syncs_put_off"] > 0
     everything = MEMBER | ({"y": 5} if changing else {})
     assert lab.copies(user) == [everything, everything]
@@ -127,15 +126,17 @@ def test_due_sync_is_put_off_and_made_up_for(
     assert user.sees() == everything
 
 
-def test_hung_sql_costs_a_few_timeouts(nodes: list[Memcached], tmp_path: Path) -> None:
+def test_hung_sql_costs_a_few_timeouts(
+    nodes: list[Memcached], lab_database: LabDatabase
+) -> None:
     """After three timeouts nobody waits for SQL until a probe is due."""
-    config = HASTY | {
+    config = HASTY_WITH_SQL | {
         "RESILIENT_SESSION_NODE_RETRY": 60.0,
         "RESILIENT_SESSION_NODE_RETRY_MAX": 60.0,
     }
-    with new_lab(nodes, tmp_path, **config) as lab:
+    with new_lab(nodes, lab_database, **config) as lab:
         users = [lab.member(x=number) for number in range(6)]
-        lab.sql_locked("EXCLUSIVE")
+        lab.sql_locked()
         lab.pass_time(N)
         for user in users:
             assert user.does(dict).status == 200
@@ -148,7 +149,7 @@ def test_locked_by_a_writer_that_lets_others_read(lab: Lab) -> None:
     user = lab.member(x=0)
     lab.restart(user, FIRST)
     lab.restart(user, SECOND)
-    lab.sql_locked("IMMEDIATE")
+    lab.sql_locked(readable=True)
     assert user.sees() == OLD
     assert lab.copies(user) == [OLD, OLD]
     assert user.changes(x=1).status == 200, "both homes have it"
@@ -252,11 +253,11 @@ def test_login_of_a_visitor_without_sql(lab: Lab, sql: Trouble) -> None:
 
 
 def test_login_under_the_same_id_without_sql(
-    nodes: list[Memcached], tmp_path: Path
+    nodes: list[Memcached], lab_database: LabDatabase
 ) -> None:
     """Without a new id at login a login needs SQL all the same."""
-    config = HASTY | {"RESILIENT_SESSION_REGENERATE_ON_LOGIN": False}
-    with new_lab(nodes, tmp_path, **config) as lab:
+    config = HASTY_WITH_SQL | {"RESILIENT_SESSION_REGENERATE_ON_LOGIN": False}
+    with new_lab(nodes, lab_database, **config) as lab:
         user = lab.visitor(cart="a")
         assert user.sees() == {"cart": "a"}
         lab.sql_gone()
@@ -271,6 +272,7 @@ def test_login_under_the_same_id_without_sql(
 # --- no SQL and fewer homes ------------------------------------------------------
 
 
+@pytest.mark.each_value
 @each_home
 def test_one_home_without_sql(lab: Lab, sql: Trouble, home: str) -> None:
     """The last copy is served as it is; a change is refused and sends no cookie."""
@@ -288,6 +290,7 @@ def test_one_home_without_sql(lab: Lab, sql: Trouble, home: str) -> None:
     assert user.sees() in (MEMBER, MEMBER | {"x": 2}, {})
 
 
+@pytest.mark.each_value
 @each_home
 def test_restarted_home_without_sql(lab: Lab, sql: Trouble, home: str) -> None:
     """A copy that SQL could not vouch for is not spread by reads, but takes changes."""
@@ -312,6 +315,7 @@ def test_restarted_home_without_sql(lab: Lab, sql: Trouble, home: str) -> None:
     assert not any(lab.record(user, h).unverified for h in (FIRST, SECOND))
 
 
+@pytest.mark.each_value
 @each_home
 def test_ended_before_the_trouble_and_unverified_now(
     lab: Lab, sql: Trouble, home: str
@@ -334,7 +338,9 @@ def test_ended_before_the_trouble_and_unverified_now(
 
 def test_everything_gone_and_back(lab: Lab, sql: Trouble) -> None:
     """With nobody left to ask it is a 503; the same session is there afterwards."""
-    user = lab.member(x=0)
+    worker = lab.new_worker(RESILIENT_SESSION_NODE_TIMEOUT=0.2)
+    worker.connect()
+    user = lab.member(x=0).at(worker)
     cookie = user.cookie
     lab.freeze(user, FIRST)
     lab.freeze(user, SECOND)
@@ -366,10 +372,12 @@ def test_all_memory_and_sql_gone(lab: Lab, sql: Trouble) -> None:
     assert visitor.sees() == {}
 
 
-def test_empty_page_instead_of_an_error(nodes: list[Memcached], tmp_path: Path) -> None:
+def test_empty_page_instead_of_an_error(
+    nodes: list[Memcached], lab_database: LabDatabase
+) -> None:
     """Where the setting says so, an unavailable session is empty and read-only."""
-    config = HASTY | {"RESILIENT_SESSION_ON_UNAVAILABLE": "empty"}
-    with new_lab(nodes, tmp_path, **config) as lab:
+    config = HASTY_WITH_SQL | {"RESILIENT_SESSION_ON_UNAVAILABLE": "empty"}
+    with new_lab(nodes, lab_database, **config) as lab:
         user = lab.member(x=1)
         lab.sql_gone()
         lab.restart(user, FIRST)
@@ -456,8 +464,7 @@ def test_corrupt_row(lab: Lab) -> None:
     """A row that is no record is replaced by what the homes hold, or is gone."""
     user = lab.member(x=1)
     bare = lab.member(x=2)
-    with contextlib.closing(sqlite3.connect(lab.file)) as connection, connection:
-        connection.execute("UPDATE resilient_sessions SET record = x'00'")
+    lab.sql_spoiled()
     lab.pass_time(N)
     assert user.sees() == MEMBER
     assert lab.row(user) == MEMBER

@@ -6,12 +6,12 @@ import itertools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from lab import NAMES, PATIENCE, Lab, N, User, Worker, new_lab
+from lab_databases import LabDatabase
 from servers import Memcached, MemcachedPool, wait_until
 
 USERS: Final = 40
@@ -117,9 +117,9 @@ def servers(memcached_pool: MemcachedPool) -> Iterator[list[Memcached]]:
 
 
 @pytest.fixture
-def lab(servers: list[Memcached], tmp_path: Path) -> Iterator[Lab]:
-    """Three nodes, a file, and one worker."""
-    with new_lab(servers[:3], tmp_path) as lab:
+def lab(servers: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
+    """Three nodes, a database, and one worker."""
+    with new_lab(servers[:3], lab_database) as lab:
         yield named(lab)
 
 

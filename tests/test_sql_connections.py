@@ -97,6 +97,26 @@ def test_creating_the_table_waits_no_longer_either(path: Path) -> None:
     table.dispose()
 
 
+def test_connecting_waits_no_longer_either(path: Path) -> None:
+    """A hook that needs the file on each new connection, while the file is locked."""
+    table = sqlite_table(path, sql_timeout=0.2)
+    engine = table.engine
+    engine.dispose()
+    table.dispose()
+    sa.event.listen(engine, "connect", _use_the_file)
+    with writing(path) as other:
+        other.execute("ROLLBACK")
+        other.execute("BEGIN EXCLUSIVE")
+        started = time.monotonic()
+        with pytest.raises(SqlUnavailable, match="locked"):
+            table.read(KEY, soon())
+        assert time.monotonic() - started < 3
+
+
+def _use_the_file(connection: sqlite3.Connection, _record: object) -> None:
+    connection.execute("PRAGMA journal_mode = DELETE").close()
+
+
 def test_a_budget_that_is_used_up_asks_nothing(path: Path) -> None:
     """Past its deadline a call fails at once and opens no file."""
     table = sqlite_table(path)
