@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +22,7 @@ from lab import (
     each_home,
     new_lab,
 )
+from lab_databases import LabDatabase
 from servers import Memcached
 
 MEMBER = {"_user_id": "7", "x": 0}
@@ -30,9 +30,9 @@ CHANGED = {"_user_id": "7", "x": 1}
 
 
 @pytest.fixture
-def lab(three_nodes: list[Memcached], tmp_path: Path) -> Iterator[Lab]:
+def lab(three_nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
     """Three nodes, one worker."""
-    with new_lab(three_nodes, tmp_path) as lab:
+    with new_lab(three_nodes, lab_database) as lab:
         yield lab
 
 
@@ -114,9 +114,11 @@ def test_its_copy_does_not_stay(lab: Lab, home: str) -> None:
 
 
 @each_home
-def test_switched_off(three_nodes: list[Memcached], tmp_path: Path, home: str) -> None:
+def test_switched_off(
+    three_nodes: list[Memcached], lab_database: LabDatabase, home: str
+) -> None:
     """Without it SQL is asked at every page, and the stranger holds nothing."""
-    with new_lab(three_nodes, tmp_path, RESILIENT_SESSION_STAND_IN=False) as lab:
+    with new_lab(three_nodes, lab_database, RESILIENT_SESSION_STAND_IN=False) as lab:
         user = lab.member(x=0)
         lab.kill(user, home)
         for _ in range(4):
@@ -126,14 +128,14 @@ def test_switched_off(three_nodes: list[Memcached], tmp_path: Path, home: str) -
 
 @each_home
 def test_a_hung_home_is_stood_in_for(
-    three_nodes: list[Memcached], tmp_path: Path, home: str
+    three_nodes: list[Memcached], lab_database: LabDatabase, home: str
 ) -> None:
     """As soon as it is skipped; nobody waits for it any more."""
     long = {
         "RESILIENT_SESSION_NODE_RETRY": 60.0,
         "RESILIENT_SESSION_NODE_RETRY_MAX": 60.0,
     }
-    with new_lab(three_nodes, tmp_path, **HASTY, **long) as lab:
+    with new_lab(three_nodes, lab_database, **HASTY, **long) as lab:
         user = lab.member(x=0)
         lab.freeze(user, home)
         for _ in range(4):
@@ -145,18 +147,21 @@ def test_a_hung_home_is_stood_in_for(
 
 
 @each_home
-def test_the_home_comes_back_with_what_it_held(lab: Lab, home: str) -> None:
+def test_the_home_comes_back_with_what_it_held(
+    three_nodes: list[Memcached], lab_database: LabDatabase, home: str
+) -> None:
     """A node that was frozen meanwhile is out of date, and is brought up to date."""
-    user = lab.member(x=0)
-    lab.freeze(user, home)
-    for _ in range(4):
-        user.sees()
-    assert user.changes(x=1).status == 200
-    lab.node(user, home).thaw()
-    lab.settle()
-    assert user.sees() == CHANGED
-    assert lab.copies(user) == [CHANGED, CHANGED]
-    assert asked(lab.worker, lambda: user.sees()) == 0
+    with new_lab(three_nodes, lab_database, **HASTY) as lab:
+        user = lab.member(x=0)
+        lab.freeze(user, home)
+        for _ in range(4):
+            user.sees()
+        assert user.changes(x=1).status == 200
+        lab.node(user, home).thaw()
+        lab.settle()
+        assert user.sees() == CHANGED
+        assert lab.copies(user) == [CHANGED, CHANGED]
+        assert asked(lab.worker, lambda: user.sees()) == 0
 
 
 @each_home
@@ -177,10 +182,10 @@ def test_an_old_stand_in_misleads_nobody(lab: Lab, home: str) -> None:
 @each_home
 @pytest.mark.parametrize("fault", ["kill", "restart", "evict", "freeze"])
 def test_the_stand_in_fails_as_well(
-    three_nodes: list[Memcached], tmp_path: Path, home: str, fault: str
+    three_nodes: list[Memcached], lab_database: LabDatabase, home: str, fault: str
 ) -> None:
     """Then SQL is asked as it is without one."""
-    with new_lab(three_nodes, tmp_path, **HASTY) as lab:
+    with new_lab(three_nodes, lab_database, **HASTY) as lab:
         user = stood_in_for(lab, home)
         user.changes(x=1)
         getattr(lab, fault)(user, STRANGER)

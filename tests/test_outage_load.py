@@ -29,6 +29,9 @@ PATIENT: Final = {
     "RESILIENT_SESSION_REQUEST_BUDGET": 40.0,
 }
 
+#: As with two nodes, where there is none.
+NO_STAND_IN: Final = {"RESILIENT_SESSION_STAND_IN": False}
+
 #: For tests that fill the places for SQL.
 FEW_PLACES: Final = {
     "RESILIENT_SESSION_SQL_CONCURRENCY": 2,
@@ -128,51 +131,85 @@ def homes(lab: Lab, user: User) -> set[str]:
     return {lab.name(user, FIRST), lab.name(user, SECOND)}
 
 
-@pytest.fixture
-def lab(three_nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
-    """Three nodes, a database, and one worker."""
-    with new_lab(three_nodes, lab_database, **PATIENT) as lab:
-        yield lab
+class NodeDown:
+    """Many users, and one of three nodes that is down.
+
+    :ivar there: those whose session lives on that node.
+    :ivar hit: their session keys.
+    """
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        sessions = SESSIONS[lab.database.dialect]
+        self.users = [lab.member(number=number) for number in range(sessions)]
+        everybody(lab, self.users, reads)
+        self._down = NAMES[0]
+        lab.servers[self._down].kill()
+        self.there = [user for user in self.users if self._down in homes(lab, user)]
+        self.hit = [user.session_key for user in self.there]
+        assert sessions // 3 < len(self.hit) < sessions
+        self.statements = Statements(lab.worker)
+
+    def each(self, *verbs: str) -> dict[tuple[str, str], int]:
+        """One statement of each kind for each session that lives on the node."""
+        return {(verb, key): 1 for key in self.hit for verb in verbs}
+
+    def ends(self) -> None:
+        """Everybody has what was written once, and SQL is left alone again."""
+        assert self.statements.by_key_only
+        for number, answer in enumerate(everybody(self._lab, self.users, reads)):
+            assert answer.data == {"_user_id": "7", "number": number, "count": 1}
+        self._lab.servers[self._down].start()
+        self._lab.settle()
+        everybody(self._lab, self.users, reads)
+        self.statements.take()
+        everybody(self._lab, self.users, reads)
+        assert self.statements.take() == {}
 
 
-def test_only_the_sessions_of_a_dead_node_cost_sql(lab: Lab) -> None:
+def test_only_the_sessions_of_a_dead_node_cost_sql(
+    three_nodes: list[Memcached], lab_database: LabDatabase
+) -> None:
     """One SELECT by primary key for each of their requests, one write if it changes."""
-    sessions = SESSIONS[lab.database.dialect]
-    users = [lab.member(number=number) for number in range(sessions)]
-    everybody(lab, users, reads)
-    down = NAMES[0]
-    lab.servers[down].kill()
-    hit = [user.session_key for user in users if down in homes(lab, user)]
-    assert sessions // 3 < len(hit) < sessions
-    statements = Statements(lab.worker)
+    with new_lab(three_nodes, lab_database, **PATIENT, **NO_STAND_IN) as lab:
+        outage = NodeDown(lab)
+        statements = outage.statements
+        everybody(lab, outage.users, reads)
+        assert statements.take() == outage.each("SELECT")
+        one_by_one(outage.users, writes)
+        assert statements.take() == outage.each("SELECT", "UPDATE")
+        everybody(lab, outage.users, reads)
+        assert statements.take() == outage.each("SELECT")
+        outage.ends()
 
-    everybody(lab, users, reads)
-    assert statements.take() == {("SELECT", key): 1 for key in hit}
 
-    one_by_one(users, writes)
-    assert statements.take() == {
-        (verb, key): 1 for key in hit for verb in ("SELECT", "UPDATE")
-    }
-
-    answers = everybody(lab, users, reads)
-    assert statements.take() == {("SELECT", key): 1 for key in hit}
-    assert statements.by_key_only
-    for number, answer in enumerate(answers):
-        assert answer.data == {"_user_id": "7", "number": number, "count": 1}
-
-    lab.servers[down].start()
-    lab.settle()
-    everybody(lab, users, reads)
-    statements.take()
-    everybody(lab, users, reads)
-    assert statements.take() == {}
+def test_with_a_stand_in_they_cost_one_read_and_the_writes(
+    three_nodes: list[Memcached], lab_database: LabDatabase
+) -> None:
+    """A session is read from SQL once, however often it is used."""
+    with new_lab(three_nodes, lab_database, **PATIENT) as lab:
+        outage = NodeDown(lab)
+        statements = outage.statements
+        # Who finds out that the node is down has not asked the stand-in.
+        reads(outage.there[0])
+        assert statements.take().total() == 1
+        everybody(lab, outage.users, reads)
+        assert statements.take() == outage.each("SELECT")
+        for _ in range(3):
+            everybody(lab, outage.users, reads)
+        assert statements.take() == {}
+        one_by_one(outage.users, writes)
+        assert statements.take() == outage.each("UPDATE")
+        everybody(lab, outage.users, reads)
+        assert statements.take() == {}
+        outage.ends()
 
 
 def test_trust_asks_once_per_session_and_process(
     three_nodes: list[Memcached], lab_database: LabDatabase
 ) -> None:
     """With RESILIENT_SESSION_OUTAGE_TRUST a process asks once in that time."""
-    config = PATIENT | {"RESILIENT_SESSION_OUTAGE_TRUST": 10}
+    config = {**PATIENT, **NO_STAND_IN, "RESILIENT_SESSION_OUTAGE_TRUST": 10}
     with new_lab(three_nodes, lab_database, **config) as lab:
         other = lab.new_worker()
         users = [lab.member() for _ in range(60)]
