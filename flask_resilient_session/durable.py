@@ -32,7 +32,7 @@ from .replication import (
     RowMissing,
     SqlSilent,
 )
-from .sql import USER_ID_LENGTH, Row
+from .rows import USER_ID_LENGTH, Row
 from .times import (
     row_expires_ms,
     synced_at,

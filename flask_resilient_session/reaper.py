@@ -33,7 +33,7 @@ from .replication import (
     RowAnswer,
     RowLive,
 )
-from .sql import Row
+from .rows import Row
 from .store import Store
 from .times import CLOCKS_APART_MS, DAY_MS, LONGEST_IN_MEMORY_MS
 

@@ -19,7 +19,7 @@ from .durable import user_id_column
 from .envelope import Keyring
 from .errors import SessionUnavailable, SqlUnavailable
 from .events import logger, short
-from .sql import Row
+from .rows import Row
 from .store import Store
 
 #: Rows read at once.

@@ -1,40 +1,22 @@
 """The durable row: one table, short conditional statements, a connection of its own.
 
-The application's transaction is never touched: the engine here has its own pool of
-connections, see ``connections``. Every statement commits by itself, except the two of
-a move.
+The application's transaction is never touched: the calls have connections of their
+own. Every statement commits by itself, except the two of a move.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Final, TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from .connections import (
-    MYSQL,
-    POOL_OVERFLOW,
-    POOL_SIZE,
-    POSTGRESQL,
-    SQLITE,
-    is_in_memory,
-    own_engine,
-    plain_engine,
-)
-from .deadline import TimeLimit, TooLate, time_limit
-from .errors import SqlBusy, SqlUnavailable
-from .rows import UPDATED, USER_ID_LENGTH, Row, columns_of, define_table, row_of
-from .sql_errors import MIGRATE, explain, is_duplicate, was_undone
-
-#: How often a statement is sent again that the database undid for the sake of another.
-_MOST_DEADLOCKS: Final = 5
+from .calls import Calls, transaction
+from .connections import MYSQL, POSTGRESQL
+from .rows import UPDATED, Row, columns_of, row_of
+from .sql_errors import is_duplicate
 
 _Result = TypeVar("_Result")
 
@@ -64,17 +46,18 @@ class SqlTable:
         sql_timeout: float,
         monotonic: Callable[[], float],
     ) -> None:
-        self._new_engine = new_engine
-        self._create_table = create_table
-        self._sql_timeout = sql_timeout
-        self._monotonic = monotonic
-        self._processes: dict[int, _Process] = {}
+        self._calls = Calls(
+            table,
+            new_engine,
+            create_table=create_table,
+            sql_timeout=sql_timeout,
+            monotonic=monotonic,
+        )
         self.use(table)
-        _in_this_process.add(self)
 
     def use(self, table: sa.Table) -> None:
         """Work on another table of the same columns, such as the application's own."""
-        self.table = table
+        self.table = self._calls.table = table
         columns = table.c
         self._read = sa.select(table).where(columns.session_key == sa.bindparam("key"))
         self._update = (
@@ -100,7 +83,7 @@ class SqlTable:
         def call(connection: sa.Connection) -> Row | None:
             return self._find(connection, session_key)
 
-        return self._call(call, deadline)
+        return self._calls.make(call, deadline)
 
     def insert(self, row: Row, deadline: float) -> bool:
         """Insert a row; False where one stands already, which is left alone."""
@@ -132,7 +115,7 @@ class SqlTable:
                 connection, tombstone
             )
 
-        return self._call(call, deadline)
+        return self._calls.make(call, deadline)
 
     def move(
         self, tombstone: Row, new: Row, deadline: float, *, seen_version: int | None
@@ -145,7 +128,7 @@ class SqlTable:
         """
 
         def call(connection: sa.Connection) -> bool:
-            with self._transaction(connection) as undo:
+            with transaction(connection) as undo:
                 if seen_version is None:
                     buried = self._insert(connection, tombstone)
                 else:
@@ -236,7 +219,7 @@ class SqlTable:
 
         def call(connection: sa.Connection) -> list[bool]:
             deleted = [False] * len(rows)
-            with self._transaction(connection):
+            with transaction(connection):
                 # In one order, so that two that delete the same do not meet crosswise.
                 for place in sorted(
                     range(len(rows)), key=lambda i: rows[i].session_key
@@ -317,37 +300,6 @@ class SqlTable:
             deadline,
         )
 
-    @contextlib.contextmanager
-    def _transaction(self, connection: sa.Connection) -> Iterator[Callable[[], None]]:
-        """One transaction; the value undoes what it did so far.
-
-        In words of SQL: the connection itself stays in the mode in which each
-        statement commits, since changing it costs round trips.
-        """
-        on_sqlite = connection.dialect.name in SQLITE
-        # An immediate one waits for its lock at the start, where nothing is done.
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if on_sqlite else "BEGIN")
-        undone = False
-
-        def undo() -> None:
-            nonlocal undone
-            undone = True
-            connection.exec_driver_sql("ROLLBACK")
-
-        try:
-            yield undo
-            if not undone:
-                connection.exec_driver_sql("COMMIT")
-        except BaseException as error:
-            if not undone and not connection.invalidated:
-                try:
-                    undo()
-                except sa.exc.SQLAlchemyError:
-                    connection.invalidate(error)
-            raise
-
-    # --- connections -------------------------------------------------------------
-
     def _write(
         self, call: Callable[[sa.Connection], bool], row: Row, deadline: float
     ) -> bool:
@@ -374,198 +326,19 @@ class SqlTable:
                 found, created_at=row.created_at
             )
 
-        return self._call(once, deadline)
+        return self._calls.make(once, deadline)
 
     def _patiently(
         self, call: Callable[[sa.Connection], _Result], deadline: float
     ) -> _Result:
         """A call that no request waits for: it may take until its deadline."""
-        return self._call(call, deadline, patient=True)
-
-    def _call(
-        self,
-        call: Callable[[sa.Connection], _Result],
-        deadline: float,
-        *,
-        patient: bool = False,
-    ) -> _Result:
-        """Make a call on a connection, within the time that is left."""
-        remaining = deadline - self._monotonic()
-        if remaining <= 0:
-            raise SqlBusy("no time left for SQL in this request's budget")
-        if not patient:
-            remaining = min(remaining, self._sql_timeout)
-        with time_limit(remaining) as limit:
-            failed = deadlocks = 0
-            while True:
-                try:
-                    engine = self._ready_engine(remaining)
-                    return self._once(engine, call, limit)
-                except sa.exc.TimeoutError as error:
-                    raise SqlBusy("every connection to SQL is in use") from error
-                except sa.exc.SQLAlchemyError as error:
-                    broken = getattr(error, "connection_invalidated", False)
-                    failed += broken
-                    undone = was_undone(error)
-                    deadlocks += undone
-                    if (
-                        (not broken or failed > 1)
-                        and (not undone or deadlocks > _MOST_DEADLOCKS)
-                    ) or not limit.remaining:
-                        failure = self._failed(error, limit)
-                        break
-                except (TooLate, OSError) as error:
-                    failure = _LATE if limit.hung_up else str(error)
-                    break
-        # Out here no driver's error hangs on to it: those quote the row.
-        raise SqlUnavailable(failure)
-
-    def _once(
-        self,
-        engine: sa.Engine,
-        call: Callable[[sa.Connection], _Result],
-        limit: TimeLimit,
-    ) -> _Result:
-        if engine.dialect.name in SQLITE:
-            with engine.connect() as connection:
-                self._limit_lock_wait(connection, limit.remaining)
-                return call(connection)
-        with self._here.place(limit), engine.connect() as connection:
-            return call(connection)
-
-    def _failed(self, error: sa.exc.SQLAlchemyError, limit: TimeLimit) -> str:
-        """What to say of an error that stands."""
-        here = self._here
-        if here.engine is None or here.engine.dialect.name in SQLITE:
-            # The file may be another one the next time.
-            here.table_is_there = False
-        text = explain(error)
-        if MIGRATE in text:
-            here.table_is_there = False
-        return _LATE if limit.hung_up else text
-
-    @property
-    def _here(self) -> _Process:
-        """What belongs to this process.
-
-        A child must neither share its parent's connections nor close them, and its
-        parent's locks may be held for ever: it starts anew, and its parent's things
-        are kept untouched.
-        """
-        process = os.getpid()
-        here = self._processes.get(process)
-        return here or self._processes.setdefault(process, _Process())
-
-    def _ready_engine(self, remaining: float) -> sa.Engine:
-        here = self._here
-        engine = here.engine
-        if engine is None or not here.table_is_there:
-            if not here.lock.acquire(timeout=remaining):
-                raise TooLate("SQL is still being connected to for the first time")
-            try:
-                engine = here.engine = here.engine or self._new_engine()
-                if self._create_table and not here.table_is_there:
-                    self._create(engine, remaining)
-                here.table_is_there = True
-            finally:
-                here.lock.release()
-        return engine
-
-    def _create(self, engine: sa.Engine, remaining: float) -> None:
-        with engine.connect() as connection:
-            self._limit_lock_wait(connection, remaining)
-            # Where it can be, the table comes with its indexes or not at all.
-            whole = connection.dialect.name in POSTGRESQL
-            try:
-                with self._transaction(connection) if whole else _NOTHING:
-                    self.table.create(connection, checkfirst=True)
-            except sa.exc.DBAPIError as error:
-                if error.connection_invalidated:
-                    raise
-                # Another process may have created it in between. One that holds the
-                # file has been waited for, and is not waited for again.
-                self._limit_lock_wait(connection, 0)
-                known = sa.inspect(connection)
-                if not known.has_table(self.table.name, self.table.schema):
-                    raise
-
-    def _limit_lock_wait(self, connection: sa.Connection, remaining: float) -> None:
-        if connection.dialect.name not in SQLITE:
-            return
-        wait_ms = int(min(self._sql_timeout, remaining) * 1000)
-        # The driver's own five seconds would be over the budget of a request.
-        driver: Any = connection.connection.dbapi_connection
-        driver.execute(f"PRAGMA busy_timeout = {wait_ms}").close()
+        return self._calls.make(call, deadline, patient=True)
 
     def dispose(self) -> None:
         """Close the connections; the next call opens new ones."""
-        engine = self._here.engine
-        if engine is not None:
-            engine.dispose()
-
-    def close_file(self) -> None:
-        """Close the connections to an SQLite file; a database in memory stays."""
-        engine = self._here.engine
-        if engine is None or engine.dialect.name not in SQLITE:
-            return
-        if not is_in_memory(engine.url):
-            engine.dispose()
+        self._calls.dispose()
 
     @property
     def engine(self) -> sa.Engine:
         """The engine in use, for counting statements and the like."""
-        with time_limit(self._sql_timeout):
-            return self._ready_engine(self._sql_timeout)
-
-
-#: Tables whose idle connections no child process may inherit.
-_in_this_process: Final[weakref.WeakSet[SqlTable]] = weakref.WeakSet()
-
-
-def _close_before_fork() -> None:
-    """Close what is idle: a child that inherits an open SQLite file takes no locks.
-
-    SQLite believes there that the parent's locks are its own, so that what the child
-    commits to a file in WAL mode is lost once the parent closes it.
-    """
-    for table in list(_in_this_process):
-        table.close_file()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_close_before_fork)
-
-
-class _Process:
-    """What one process has of a table: an engine, and what is known of it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.engine: sa.Engine | None = None
-        self.table_is_there = False
-        self._places = threading.BoundedSemaphore(POOL_SIZE + POOL_OVERFLOW)
-
-    @contextlib.contextmanager
-    def place(self, limit: TimeLimit) -> Iterator[None]:
-        """One of the pool's connections, waited for no longer than there is time."""
-        if not self._places.acquire(timeout=limit.remaining):
-            raise SqlBusy("every connection to SQL is in use")
-        try:
-            yield
-        finally:
-            self._places.release()
-
-
-_NOTHING: Final = contextlib.nullcontext()
-
-_LATE: Final = "SQL did not answer in time"
-
-__all__ = [
-    "USER_ID_LENGTH",
-    "Row",
-    "SqlTable",
-    "define_table",
-    "is_in_memory",
-    "own_engine",
-    "plain_engine",
-]
+        return self._calls.engine

@@ -197,7 +197,7 @@ class Site:
         def fail(*_: Any, **__: Any) -> Any:
             raise sa.exc.OperationalError("", {}, OSError("the database is away"))
 
-        monkeypatch.setattr(self.state.sql, "_ready_engine", fail)
+        monkeypatch.setattr(self.state.sql._calls, "_ready_engine", fail)
 
     def close(self) -> None:
         """Close every connection of the application."""

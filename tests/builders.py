@@ -19,6 +19,7 @@ from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.cluster import Cluster, NodeLike
 from flask_resilient_session.codec import decode, encode_value
 from flask_resilient_session.config import Timing
+from flask_resilient_session.connections import plain_engine
 from flask_resilient_session.durable import Durable
 from flask_resilient_session.envelope import Keyring
 from flask_resilient_session.errors import SqlUnavailable
@@ -29,7 +30,8 @@ from flask_resilient_session.node import Node
 from flask_resilient_session.record import Entry, Record, Tombstone
 from flask_resilient_session.replication import Gone, Live
 from flask_resilient_session.ring import Ring, RingNode
-from flask_resilient_session.sql import Row, SqlTable, define_table, plain_engine
+from flask_resilient_session.rows import Row, define_table
+from flask_resilient_session.sql import SqlTable
 from flask_resilient_session.store import Store
 from flask_resilient_session.wire import Get, Parsed, Request, Value
 from servers import Memcached

@@ -36,7 +36,9 @@ import pytest
 import sqlalchemy as sa
 
 from flask_resilient_session.clock import SystemClock
-from flask_resilient_session.sql import SqlTable, define_table, own_engine, plain_engine
+from flask_resilient_session.connections import own_engine, plain_engine
+from flask_resilient_session.rows import define_table
+from flask_resilient_session.sql import SqlTable
 from servers import ServerError, ServerMissing, find_program, free_port, wait_until
 
 #: Seconds for a server to start, recovery from a kill included, or to end.

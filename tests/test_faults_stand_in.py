@@ -81,6 +81,16 @@ def test_the_stand_in_saves_the_reads(lab: Lab, home: str) -> None:
 
 
 @each_home
+def test_round_trips(lab: Lab, home: str) -> None:
+    """The stand-in is asked and told together with the home that is left."""
+    user = stood_in_for(lab, home)
+    for does, most in ((user.sees, 1), (lambda: user.changes(x=1), 2)):
+        before = lab.worker.stats["round_trips"]
+        does()
+        assert lab.worker.stats["round_trips"] - before == most
+
+
+@each_home
 def test_a_sync_keeps_it_going(lab: Lab, home: str) -> None:
     """A session in use is synced every N, and SQL is still not asked."""
     user = stood_in_for(lab, home)

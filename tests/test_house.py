@@ -42,7 +42,8 @@ LEVELS = {
     "sql_errors": 1,
     "deadline": 1,
     "connections": 2,
-    "sql": 3,
+    "calls": 3,
+    "sql": 4,
     # what spares SQL some work
     "flights": 2,
     "turns": 3,
@@ -90,7 +91,8 @@ ONLY_IN = {
     "memcache": {"node"},
     "socket": {"node"},
     "sqlalchemy": {
-        *("rows", "sql_errors", "connections", "sql", "engines", "extension")
+        *("rows", "sql_errors", "connections", "calls", "sql", "engines"),
+        "extension",
     },
     "flask_sqlalchemy": {"engines", "extension"},
     "click": {"cli", "extension"},

@@ -19,7 +19,8 @@ from builders import (
 )
 from database_servers import DatabaseServer, server_table
 from flask_resilient_session.errors import SqlUnavailable
-from flask_resilient_session.sql import Row, SqlTable
+from flask_resilient_session.rows import Row
+from flask_resilient_session.sql import SqlTable
 from misbehaving import run_together
 
 KEY, OTHER = session_key("alice"), session_key("bob")

@@ -22,14 +22,10 @@ from builders import (
     sqlite_table,
     tombstone_row,
 )
+from flask_resilient_session.connections import is_in_memory, own_engine, plain_engine
 from flask_resilient_session.errors import SqlUnavailable
-from flask_resilient_session.sql import (
-    SqlTable,
-    define_table,
-    is_in_memory,
-    own_engine,
-    plain_engine,
-)
+from flask_resilient_session.rows import define_table
+from flask_resilient_session.sql import SqlTable
 from misbehaving import in_child, run_together
 
 KEY, OTHER = session_key("alice"), session_key("bob")

@@ -530,7 +530,8 @@ import sqlalchemy as sa
 from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.connections import plain_engine
-from flask_resilient_session.sql import SqlTable, define_table
+from flask_resilient_session.rows import define_table
+from flask_resilient_session.sql import SqlTable
 
 url, name = sa.make_url(sys.argv[1]), sys.argv[2]
 if sys.argv[3] == "cooperative":

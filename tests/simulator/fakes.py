@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.node import NodeFault
-from flask_resilient_session.sql import Row
+from flask_resilient_session.rows import Row
 from flask_resilient_session.wire import (
     Absent,
     Ack,
