@@ -17,6 +17,7 @@ from typing import Any, Final
 from flask import Flask, Response, appcontext_pushed, current_app
 from flask_sqlalchemy import SQLAlchemy
 
+from .calls import Calls
 from .cli import reap_command, revoke_command
 from .clock import SystemClock
 from .cluster import Cluster
@@ -250,13 +251,14 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         random=chance,
         observer=observer,
     )
-    sql = SqlTable(
+    calls = Calls(
         table_for(db, settings),
         lambda: _new_engine(app, settings),
         create_table=settings.create_table,
         sql_timeout=settings.sql_timeout,
         monotonic=clock.monotonic,
     )
+    sql = SqlTable(calls)
     durable = Durable(
         sql,
         breaker=new_breaker(),

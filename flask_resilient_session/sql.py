@@ -30,30 +30,12 @@ class SqlTable:
     session takes no longer than ``sql_timeout``, so that a request has time left for
     its nodes.
 
-    :param table: from :func:`define_table`.
-    :param new_engine: makes the engine; called on first use and in each process.
-    :param create_table: create the table where it is missing.
-    :param sql_timeout: longest wait for a lock, a connection or an answer, in seconds.
-    :param monotonic: the clock that deadlines are read on.
+    :param calls: makes them on its table.
     """
 
-    def __init__(
-        self,
-        table: sa.Table,
-        new_engine: Callable[[], sa.Engine],
-        *,
-        create_table: bool,
-        sql_timeout: float,
-        monotonic: Callable[[], float],
-    ) -> None:
-        self._calls = Calls(
-            table,
-            new_engine,
-            create_table=create_table,
-            sql_timeout=sql_timeout,
-            monotonic=monotonic,
-        )
-        self.use(table)
+    def __init__(self, calls: Calls) -> None:
+        self._calls = calls
+        self.use(calls.table)
 
     def use(self, table: sa.Table) -> None:
         """Work on another table of the same columns, such as the application's own."""

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 
 from flask_resilient_session.access import Access
+from flask_resilient_session.calls import Calls
 from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.cluster import Cluster, NodeLike
 from flask_resilient_session.codec import decode, encode_value
@@ -217,7 +218,8 @@ def sqlite_table(path: Path | str, **changes: Any) -> SqlTable:
     url = sa.make_url(f"sqlite:///{path}")
     table = define_table(sa.MetaData(), "flask_resilient_session", None)
     timeout = changes.get("sql_timeout", 5.0)
-    return SqlTable(table, lambda: plain_engine(url, timeout), **(usual | changes))
+    calls = Calls(table, lambda: plain_engine(url, timeout), **(usual | changes))
+    return SqlTable(calls)
 
 
 class SwitchedSql:

@@ -35,6 +35,7 @@ import pymysql
 import pytest
 import sqlalchemy as sa
 
+from flask_resilient_session.calls import Calls
 from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.connections import own_engine, plain_engine
 from flask_resilient_session.rows import define_table
@@ -84,7 +85,7 @@ def server_table(
         url = server.url
 
     table = define_table(sa.MetaData(), name or new_table_name(), None)
-    return SqlTable(table, new_engine, **settings)
+    return SqlTable(Calls(table, new_engine, **settings))
 
 
 class DatabaseServer(ABC):

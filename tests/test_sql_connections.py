@@ -22,6 +22,7 @@ from builders import (
     sqlite_table,
     tombstone_row,
 )
+from flask_resilient_session.calls import Calls
 from flask_resilient_session.connections import is_in_memory, own_engine, plain_engine
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.rows import define_table
@@ -244,13 +245,14 @@ def test_the_applications_transaction_is_left_alone(path: Path) -> None:
     with app.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE cart (item TEXT)")
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-    table = SqlTable(
+    calls = Calls(
         define_table(sa.MetaData(), NAME, None),
         lambda: own_engine(app, 0.2),
         create_table=True,
         sql_timeout=0.2,
         monotonic=time.monotonic,
     )
+    table = SqlTable(calls)
     table.insert(row(KEY), soon())
     with app.connect() as connection:
         connection.exec_driver_sql("INSERT INTO cart VALUES ('unpaid')")

@@ -527,6 +527,7 @@ import gevent.monkey
 gevent.monkey.patch_all()
 import gevent, sys, time
 import sqlalchemy as sa
+from flask_resilient_session.calls import Calls
 from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.connections import plain_engine
@@ -544,11 +545,11 @@ if sys.argv[3] == "cooperative":
             else:
                 gevent.socket.wait_write(connection.fileno())
     psycopg2.extensions.set_wait_callback(wait)
-table = SqlTable(
+table = SqlTable(Calls(
     define_table(sa.MetaData(), name, None),
     lambda: plain_engine(url, 5.0),
     create_table=True, sql_timeout=5.0, monotonic=time.monotonic,
-)
+))
 def read(seconds=30):
     started = time.monotonic()
     try:
