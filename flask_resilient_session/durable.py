@@ -133,9 +133,7 @@ class Durable:
             return RowDead(Tombstone(reason, row.revoked_at or row.synced_at))
         copy = keyring.unseal(row.session_key, row.record)
         if isinstance(copy, UnknownFormat):
-            # SQL is well, and what it has may be newer than any copy.
-            unknown = "its row is under a key or format unknown here"
-            return SqlSilent(unknown, well=True)
+            return SqlSilent("its row is under a key or format unknown here")
         if isinstance(copy, Tombstone):
             return RowDead(copy)
         if isinstance(copy, CorruptBytes):

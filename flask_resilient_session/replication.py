@@ -131,8 +131,8 @@ class RowCorrupt:
 class SqlSilent:
     """SQL could not be asked, or its record is under a key unknown to this worker.
 
-    :ivar well: SQL may be well, and this process had too many questions already, or
-        lacks a key: no reason to guess.
+    :ivar well: SQL may be well; this process had too many questions already, which
+        is no reason to guess.
     """
 
     reason: str

@@ -46,7 +46,7 @@ from lab_workers import (
     Worker,
 )
 from proxy import Proxy
-from servers import Memcached, ServerError
+from servers import Memcached, ServerError, wait_until
 
 NAMES: Final = ("alpha", "beta", "gamma")
 PREFIX: Final = "session:"
@@ -111,10 +111,18 @@ class Lab:
         return self.new_worker(addresses, **config), wires
 
     def member(self, **values: Any) -> User:
-        """A user who is logged in: two copies and a row."""
-        user = User(self.worker)
-        assert user.changes(_user_id="7", **values).status == 200
-        return user
+        """A user who is logged in: two copies and a row.
+
+        A worker in a hurry may refuse that on a busy machine, and is asked again.
+        """
+
+        def logged_in() -> User | None:
+            user = User(self.worker)
+            status = user.changes(_user_id="7", **values).status
+            assert status in (200, 503)
+            return user if status == 200 else None
+
+        return wait_until(logged_in, PATIENCE, "a login")
 
     def visitor(self, **values: Any) -> User:
         """A user who stored something and has not come back: two copies, no row."""
