@@ -5,7 +5,7 @@ Between the store's records and the cluster's bytes: placement, seals, times to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from .access import Access
@@ -92,13 +92,10 @@ class Homes:
     ) -> list[tuple[str, Request]]:
         """The writes that put a copy where ``places`` were read."""
         data, exptime = self._sealed(access, copy, now_ms)
+        exptimes = self._exptimes(access, exptime, places)
+        place, key = self.cluster.place, access.session_key
         return [
-            (
-                name,
-                self.cluster.place(
-                    access.session_key, data, self._at(name, access, exptime), token
-                ),
-            )
+            (name, place(key, data, exptimes[name], token))
             for name, token in places.items()
         ]
 
@@ -185,11 +182,9 @@ class Homes:
     ) -> list[tuple[str, Request]]:
         """The writes that put a tombstone over whatever these homes hold."""
         data, exptime = self._sealed(access, tombstone, tombstone.ended_ms)
-        key = access.session_key
-        return [
-            (name, self.cluster.bury(key, data, self._at(name, access, exptime)))
-            for name in names
-        ]
+        exptimes = self._exptimes(access, exptime, names)
+        bury, key = self.cluster.bury, access.session_key
+        return [(name, bury(key, data, exptimes[name])) for name in names]
 
     def bury(
         self, access: Access, tombstone: Tombstone, names: Sequence[str]
@@ -235,11 +230,16 @@ class Homes:
             request = self.cluster.remove(access.session_key)
             self.cluster.write([(name, request) for name in names], access.deadline)
 
-    def _at(self, name: str, access: Access, exptime: int) -> int:
-        """The time to live on this node: a stand-in's ends when it is not believed."""
-        if name != self.stand_in(access):
-            return exptime
-        return min(exptime, longest_rest_ms(access.timing) // 1000)
+    def _exptimes(
+        self, access: Access, exptime: int, names: Iterable[str]
+    ) -> dict[str, int]:
+        """The times to live by node: on a stand-in, for as long as it is believed."""
+        exptimes = dict.fromkeys(names, exptime)
+        stand_in = self.stand_in(access)
+        if stand_in in exptimes:
+            believed = longest_rest_ms(access.timing) // 1000
+            exptimes[stand_in] = min(exptime, believed)
+        return exptimes
 
     def _sealed(self, access: Access, copy: Copy, now_ms: int) -> tuple[bytes, int]:
         if isinstance(copy, Tombstone):

@@ -226,7 +226,7 @@ class Reaper:
                 break
             report.examined += 1
             self._row(row, options, report, dead)
-        self._bury(dead, options, report)
+        self._remove(dead, options, report)
         return stopping
 
     def _batches(self, options: ReapOptions, report: ReapReport) -> Iterator[list[Row]]:
@@ -310,7 +310,7 @@ class Reaper:
         record = replace(verdict.record, homes=homes, row_version=row.version)
         return self._durable.update(access, record) is not None
 
-    def _bury(
+    def _remove(
         self, dead: Sequence[_Dead], options: ReapOptions, report: ReapReport
     ) -> None:
         """Delete a page's dead rows: archived first, those that changed excepted."""
