@@ -43,23 +43,23 @@ class Ender:
         :param in_debt: whether both homes are enough while SQL is unreachable.
         :returns: names of the nodes that did not take the tombstone.
         """
-        self._trust.forget(access.session_key)
+        self._trust.forget(access.session_key, self._clock.monotonic())
         homes = self._homes.names(access)
         names = tuple(dict.fromkeys((*homes, *also)))
+        told = tuple(dict.fromkeys((*names, *self._homes.all_names(access))))
         tombstone = Tombstone("ended", self._clock.now_ms())
         try:
             self._durable.bury(access, tombstone, None if live is None else live.record)
         except SqlUnavailable as error:
             if not in_debt:
                 raise self._steps.not_kept(access, error) from error
-            acks = self._homes.bury(access, replace(tombstone, debt=True), names)
-            if len(homes) < PAIR or set(acks.values()) != {Ack.STORED}:
+            acks = self._homes.bury(access, replace(tombstone, debt=True), told)
+            if len(homes) < PAIR or {acks[name] for name in names} != {Ack.STORED}:
                 raise self._steps.not_kept(access, error) from error
             record = None if live is None else live.record
             self._durable.owe(access, tombstone, record)
         else:
-            acks = self._homes.bury(access, tombstone, names)
-            self._homes.bury_at_stand_in(access, tombstone, acks)
+            acks = self._homes.bury(access, tombstone, told)
         self._observer.count("revoked")
         self._observer.send(session_revoked, session=short(access.session_key))
-        return frozenset(n for n, ack in acks.items() if ack is Ack.UNREACHABLE)
+        return frozenset(name for name in names if acks[name] is Ack.UNREACHABLE)

@@ -31,6 +31,10 @@ from .wire import Ack, Request
 MISSING_SECONDS: Final = 3600
 
 
+#: How often the stand-in is told again, when others tell it something at the same time.
+_MOST_CONFLICTS: Final = 10
+
+
 class Homes:
     """Reads and writes the copies of sessions on their homes.
 
@@ -53,6 +57,11 @@ class Homes:
         if not self._stand_ins or len(self.names(access)) < PAIR:
             return None
         return self.ring.stand_in(access.session_key)
+
+    def all_names(self, access: Access) -> tuple[str, ...]:
+        """The session's homes and its stand-in: all that may hold a copy."""
+        homes, stand_in = self.names(access), self.stand_in(access)
+        return homes if stand_in is None else (*homes, stand_in)
 
     def read_all(self, access: Access) -> tuple[dict[str, Reply], dict[str, Reply]]:
         """What each home holds, and while one is skipped the stand-in, too.
@@ -106,7 +115,7 @@ class Homes:
         places: Mapping[str, Token | None],
         now_ms: int,
     ) -> dict[str, Ack]:
-        """Put a copy where ``places`` were read; answers by home."""
+        """Put a copy where ``places`` were read; answers by node."""
         if not places:
             return {}
         requests = self.requests(access, copy, places, now_ms)
@@ -141,13 +150,15 @@ class Homes:
         :param acks: answers of the nodes that were written.
         """
         for name in self._untold(access, acks):
-            replies = self.read(access, (name,))
-            joined = with_what_stands(record, replies[name])
-            if joined is None:
-                return
-            told = self.write(access, joined, places_of(replies), now_ms)
-            # Whatever it holds instead must not agree with an old copy on a home.
-            self._remove(access, [n for n, ack in told.items() if ack != Ack.STORED])
+            for _ in range(_MOST_CONFLICTS):
+                replies = self.read(access, (name,))
+                joined = with_what_stands(record, replies[name])
+                if joined is None:
+                    return
+                told = self.write(access, joined, places_of(replies), now_ms)
+                if told[name] is not Ack.CONFLICT:
+                    self._remove_outdated(access, told)
+                    return
 
     def bury_at_stand_in(
         self, access: Access, tombstone: Tombstone, acks: Mapping[str, Ack]
@@ -160,10 +171,10 @@ class Homes:
 
     def _untold(self, access: Access, acks: Mapping[str, Ack]) -> list[str]:
         """The stand-in, where it has to be told."""
-        name = self.stand_in(access)
-        if name is None or not to_be_told(name, self.names(access), acks):
+        if not to_be_told(self.names(access), acks):
             return []
-        return [name]
+        name = self.stand_in(access)
+        return [] if name is None or name in acks else [name]
 
     def tell(
         self,
@@ -222,8 +233,20 @@ class Homes:
         acks: Mapping[str, Ack],
         places: Mapping[str, Token | None],
     ) -> None:
-        """Remove an old copy that still agrees, after SQL alone took a change."""
-        self._remove(access, to_remove(acks, places))
+        """Remove old copies that still agree, after SQL took a change.
+
+        :param acks: answers of the nodes that were written.
+        :param places: what stood there, as in :class:`Live`.
+        """
+        homes = self.names(access)
+        at_homes = {name: ack for name, ack in acks.items() if name in homes}
+        others = {name: ack for name, ack in acks.items() if name not in homes}
+        self._remove(access, to_remove(at_homes, places))
+        self._remove_outdated(access, others)
+
+    def _remove_outdated(self, access: Access, told: Mapping[str, Ack]) -> None:
+        """Remove what a stand-in holds instead of what it has no room for."""
+        self._remove(access, [n for n, ack in told.items() if ack is Ack.REFUSED])
 
     def _remove(self, access: Access, names: Sequence[str]) -> None:
         if names:

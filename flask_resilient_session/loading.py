@@ -77,12 +77,16 @@ class Loader:
         self._count_corrupt(replies)
         if verdict is None:
             self._notice_other_homes(access, replies)
-            verdict = judge_stand_in(
-                replies, stand_in, access.timing, self._clock.now_ms()
-            )
+        if stand_in and not isinstance(verdict, Gone):
+            now_ms = self._clock.now_ms()
+            settled = judge_stand_in(replies, stand_in, access.timing, now_ms)
+            if verdict is None or isinstance(settled, Gone):
+                verdict = settled
         if isinstance(verdict, Gone):
             return self._spread(access, verdict, {**replies, **stand_in})
-        if verdict is None and not ask_sql:
+        # A stand-in that holds something else is a reason to ask.
+        differs = any(isinstance(reply, Hit) for reply in stand_in.values())
+        if verdict is None and not ask_sql and not differs:
             verdict = self._trusted(access, replies)
         if verdict is None or ask_sql:
             return self._widen(access, replies, stand_in)
@@ -157,7 +161,7 @@ class Loader:
 
     def _spread(self, access: Access, gone: Gone, replies: Mapping[str, Reply]) -> Gone:
         """Tell the nodes that a session is gone, and pay a tombstone's debt to SQL."""
-        self._trust.forget(access.session_key)
+        self._trust.forget(access.session_key, self._clock.monotonic())
         tombstone, names = gone.tombstone, gone.spread
         if tombstone is None:
             self._homes.note_missing(access, gone.noted_at, self._clock.now_ms())

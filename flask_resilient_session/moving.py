@@ -71,7 +71,7 @@ class Mover:
         :returns: the new session, or Gone: the old one was dead already and there is
             no new one.
         """
-        self._trust.forget(old.session_key)
+        self._trust.forget(old.session_key, self._clock.monotonic())
         for _ in range(MAX_ATTEMPTS):
             if live.standing is Standing.UNVERIFIED:
                 raise self._steps.not_kept(old, "SQL does not answer")
@@ -128,36 +128,35 @@ class Mover:
         :returns: what concurrent requests had acknowledged on the old homes since the
             load.
         """
-        places, found = dict(live.places), None
-        unseen = [name for name in self._homes.names(old) if name not in places]
-        if unseen:
-            # Perhaps they answer by now, and then nothing is buried unread there.
-            places_of_unseen, found = self._look(old, tombstone, unseen)
-            places |= places_of_unseen
-        burials = self._homes.requests(old, tombstone, places, now_ms)
+        homes = self._homes.names(old)
+        burials = self._homes.requests(old, tombstone, live.places, now_ms)
+        # A stand-in has nothing that is not in SQL or on a home, and need not be read.
+        others = set(self._homes.all_names(old)).difference(homes, live.places)
+        burials += self._homes.burials(old, tombstone, sorted(others))
         new_places: dict[str, Token | None] = dict.fromkeys(self._homes.names(new))
         placements = self._homes.requests(new, record, new_places, now_ms)
         acks = self._homes.cluster.write([*burials, *placements], old.deadline)
-        answers = dict(zip(places, acks, strict=False))
-        return self._bury_all(old, tombstone, answers, found, now_ms)
+        buried = [name for name, _ in burials]
+        # Homes that were not seen have still to be read: perhaps they answer by now.
+        answers = dict.fromkeys(homes, Ack.CONFLICT)
+        answers |= dict(zip(buried, acks, strict=False))
+        return self._bury_all(old, tombstone, answers, now_ms)
 
     def _bury_all(
         self,
         old: Access,
         tombstone: Tombstone,
         answers: dict[str, Ack],
-        found: Record | None,
         now_ms: int,
     ) -> Record | None:
         """Bury what could not be buried at once, again and again until it is done.
 
         :param answers: what the nodes said to the first try.
-        :returns: what others had written there meanwhile, joined with ``found``.
+        :returns: what others had written there meanwhile.
         """
-        told: dict[str, Ack] = {}
+        found: Record | None = None
         full: set[str] = set()
         for _ in range(MAX_ATTEMPTS):
-            told |= answers
             # One without room for a tombstone drops the copy. It is read before: there
             # may be room again, and something new.
             refused = {n for n, ack in answers.items() if ack is Ack.REFUSED}
@@ -172,7 +171,6 @@ class Mover:
             answers = self._homes.write(old, tombstone, places, now_ms)
         else:
             self._homes.bury(old, tombstone, list(answers))
-        self._homes.bury_at_stand_in(old, tombstone, told)
         return found
 
     def _look(

@@ -56,8 +56,8 @@ class Live:
     """The session exists.
 
     :ivar record: the join of all that was found.
-    :ivar places: the homes that can be written, each with the token of what stands
-        there, or None where nothing does.
+    :ivar places: the nodes that can be written, homes and perhaps a stand-in, each
+        with the token of what stands there, or None where nothing does.
     :ivar repairs: those whose copy is missing, corrupt, behind or not yet verified.
     """
 
@@ -415,19 +415,21 @@ class Outcome(enum.Enum):
     CONFLICT = "conflict"
 
 
-def judge_acks(acks: Mapping[str, Ack], *, homes: int, in_sql: bool) -> Outcome:
+def judge_acks(
+    acks: Mapping[str, Ack], *, homes: Sequence[str], in_sql: bool
+) -> Outcome:
     """Whether a change is safe.
 
-    :param acks: answers of the homes that were written.
-    :param homes: number of homes that the session has by configuration.
+    :param acks: answers of the nodes that were written.
+    :param homes: the homes that the session has by configuration; what a stand-in
+        took is not safe there.
     :param in_sql: SQL committed the change before.
     """
-    answers = list(acks.values())
-    if Ack.CONFLICT in answers:
+    if Ack.CONFLICT in acks.values():
         return Outcome.CONFLICT
     if in_sql:
         return Outcome.ACKNOWLEDGED
-    if answers.count(Ack.STORED) == homes and homes >= PAIR:
+    if len(homes) >= PAIR and all(acks.get(home) is Ack.STORED for home in homes):
         return Outcome.ACKNOWLEDGED
     return Outcome.SQL_NOW
 
@@ -439,8 +441,9 @@ def to_remove(acks: Mapping[str, Ack], places: Mapping[str, Token | None]) -> li
     with each other, and nobody would ask SQL. One is enough, and no more: there may
     be room again, and the other home may have taken another request's write since.
 
-    :param places: what stood where it was written, as in :class:`Live`: what stood
-        somewhere goes first, so that others who have read the same write in vain.
+    :param acks: answers of the homes that were written.
+    :param places: what stood there, as in :class:`Live`: what stood somewhere goes
+        first, so that others who have read the same write in vain.
     """
     if Ack.STORED in acks.values():
         return []

@@ -72,7 +72,7 @@ class Saver:
         if in_sql:
             record = self._insert_new(access, record)
         acks = self._homes.write(access, record, dict.fromkeys(homes), now_ms)
-        outcome = judge_acks(acks, homes=len(homes), in_sql=in_sql)
+        outcome = judge_acks(acks, homes=homes, in_sql=in_sql)
         if not in_sql and outcome is not Outcome.ACKNOWLEDGED:
             record = self._insert_new(access, record)
         self._observer.count("created")
@@ -146,15 +146,15 @@ class Saver:
         in_turn: bool,
     ) -> Live:
         now_ms = self._clock.now_ms()
-        homes = len(self._homes.names(access))
-        if live.standing is Standing.AGREED and len(live.places) < homes:
+        homes = self._homes.names(access)
+        if live.standing is Standing.AGREED and len(live.places) < len(homes):
             # Just created or moved: what stands in its homes was never read.
             raise _Conflict(ask_sql=False)
         need = sql_need(
             live,
             changed=bool(changes),
             required=required,
-            homes=homes,
+            homes=len(homes),
             timing=access.timing,
             now_ms=now_ms,
         )
@@ -173,8 +173,7 @@ class Saver:
         if outcome is Outcome.SQL_NOW:
             record = self._write_row_now(access, live, record)
         self._homes.remove_refused(access, acks, live.places)
-        if outcome is Outcome.SQL_NOW or in_sql:
-            self._homes.tell_stand_in(access, record, acks, now_ms)
+        self._homes.tell_stand_in(access, record, acks, now_ms)
         return replace(live, record=record)
 
     def _to_store(
@@ -213,13 +212,14 @@ class Saver:
     def _write_row(self, access: Access, record: Record, need: SqlNeed) -> Record:
         """Write the row; a row that is not as the record knows it is a conflict."""
         can_wait = need is SqlNeed.DUE
+        asked = self._clock.monotonic()
         if record.never_synced:
             synced = self._durable.insert(access, record, can_wait=can_wait)
         else:
             synced = self._durable.update(access, record, can_wait=can_wait)
         if synced is None:
             raise _Conflict(ask_sql=True)
-        self._trust.vouch(access.session_key, synced, self._clock.monotonic())
+        self._trust.vouch(access.session_key, synced, asked)
         return synced
 
     def _write_row_now(self, access: Access, live: Live, record: Record) -> Record:

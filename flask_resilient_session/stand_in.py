@@ -5,11 +5,11 @@ every request. On rings of three or more the next node, the *stand-in*, gets a c
 what SQL vouched for, and the home that is left and the stand-in settle the reads from
 then on. Writes go to SQL first as they do without it.
 
-Why that is safe: of the two homes and the stand-in, every change that is acknowledged,
-and every end, has reached two, as far as they can be reached; two of them that agree
-while the third is silent have therefore not missed any. What is on the stand-in never
-settles anything against a home that answers, and is forgotten after a while, so that
-a stand-in from an old outage cannot mislead a later one.
+Why that is safe: of the two homes and the stand-in, every change that is acknowledged
+has reached two, as far as they answer and have room; two of them that agree while the
+third is silent have therefore not missed any. Ends are told to all three. A copy on the
+stand-in never settles anything against a home that answers, and is forgotten after a
+while, so that one from an old outage does not meet a later one.
 
 Nothing here reads a clock or does I/O.
 """
@@ -100,13 +100,11 @@ def with_stand_in(
     )
 
 
-def to_be_told(stand_in: str, homes: Sequence[str], acks: Mapping[str, Ack]) -> bool:
-    """Whether the stand-in has to hear of what not both homes took.
+def to_be_told(homes: Sequence[str], acks: Mapping[str, Ack]) -> bool:
+    """Whether a stand-in has to hear of what was written: not both homes took it.
 
     :param acks: answers of the nodes that were written.
     """
-    if stand_in in acks:
-        return False
     return any(acks.get(home) is not Ack.STORED for home in homes)
 
 

@@ -27,9 +27,10 @@ class _Vouched(NamedTuple):
     until: float
 
 
-#: What stands for a session that has ended: no answer that is still on its way
-#: vouches for it any more.
-_NEVER_AGAIN: Final = _Vouched(1 << 63, (0, 0), float("inf"))
+#: What stands for a session that has been ended: no answer vouches for it that is still
+#: on its way, and after this many seconds none is.
+_NOTHING: Final = _Vouched(1 << 63, (0, 0), 0.0)
+_ON_ITS_WAY: Final = 60.0
 
 
 class Trust:
@@ -56,11 +57,11 @@ class Trust:
             if known is None or known.until <= now or known[0] <= vouched[0]:
                 self._remember(session_key, vouched)
 
-    def forget(self, session_key: str) -> None:
-        """The session has ended, or changed in a way that is not known."""
+    def forget(self, session_key: str, now: float) -> None:
+        """The session is being ended, or is found to have been."""
         if self._seconds:
             with self._lock:
-                self._remember(session_key, _NEVER_AGAIN)
+                self._remember(session_key, _NOTHING._replace(until=now + _ON_ITS_WAY))
 
     def _remember(self, session_key: str, vouched: _Vouched) -> None:
         self._vouched[session_key] = vouched

@@ -190,6 +190,24 @@ def test_an_old_stand_in_misleads_nobody(lab: Lab, home: str) -> None:
 
 
 @each_home
+@pytest.mark.parametrize(
+    ("end", "remains"), [("logs_out", DEAD), ("regenerates", MOVED)]
+)
+def test_an_end_is_told_to_an_old_stand_in(
+    lab: Lab, home: str, end: str, remains: str
+) -> None:
+    """Both homes are well again and were told, and the stand-in was, too."""
+    user = stood_in_for(lab, home)
+    lab.restart(user, home)
+    lab.settle()
+    assert user.sees() == MEMBER
+    late = user.twin()
+    assert getattr(user, end)().status == 200
+    assert lab.copies(late) == [remains, remains]
+    assert lab.copy(late, STRANGER) == remains
+
+
+@each_home
 @pytest.mark.parametrize("fault", ["kill", "restart", "evict", "freeze"])
 def test_the_stand_in_fails_as_well(
     three_nodes: list[Memcached], lab_database: LabDatabase, home: str, fault: str

@@ -293,7 +293,7 @@ def test_whether_a_save_writes_sql(
 @pytest.mark.parametrize(("first", "second"), ACK_PAIRS)
 def test_when_a_change_is_safe(first: Ack, second: Ack, in_sql: bool) -> None:
     """On both homes or in SQL, and a conflict always counts as one."""
-    outcome = judge_acks({"a": first, "b": second}, homes=2, in_sql=in_sql)
+    outcome = judge_acks({"a": first, "b": second}, homes=("a", "b"), in_sql=in_sql)
     if Ack.CONFLICT in (first, second):
         assert outcome is Outcome.CONFLICT
     elif in_sql or first is second is Ack.STORED:
@@ -304,9 +304,12 @@ def test_when_a_change_is_safe(first: Ack, second: Ack, in_sql: bool) -> None:
 
 def test_fewer_homes_than_two_are_never_enough() -> None:
     """One home, or one of two that could be written, is no second place."""
-    for acks, homes in (({"a": Ack.STORED}, 2), ({"a": Ack.STORED}, 1), ({}, 0)):
+    stored = {"a": Ack.STORED}
+    for acks, homes in ((stored, ("a", "b")), (stored, ("a",)), ({}, ())):
         assert judge_acks(acks, homes=homes, in_sql=False) is Outcome.SQL_NOW
         assert judge_acks(acks, homes=homes, in_sql=True) is Outcome.ACKNOWLEDGED
+    acks = {**stored, "stand-in": Ack.STORED}
+    assert judge_acks(acks, homes=("a", "b"), in_sql=False) is Outcome.SQL_NOW
 
 
 @pytest.mark.parametrize(("first", "second"), ACK_PAIRS)

@@ -12,7 +12,7 @@ from simulator.mutations import MUTATIONS, Mutation
 from simulator.plan import CLASSES, make_plan
 from simulator.search import explain, run_plan, run_seed
 
-#: Schedules of each class, in parts: 15 * 4 * 160 are 9600.
+#: Schedules of each class, in parts: 16 * 4 * 160 are 10240.
 PARTS = 4
 SCHEDULES = 160
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
@@ -18,16 +20,22 @@ from answers import (
     joined,
     reply,
 )
-from builders import FIRST_HOME, NOW, PAIR, SECOND_HOME
+from builders import FIRST_HOME, KEYRING, NOW, PAIR, SECOND_HOME, session_key
+from flask_resilient_session.access import Access
+from flask_resilient_session.cluster import Cluster
+from flask_resilient_session.homes import Homes
 from flask_resilient_session.record import (
     Entry,
     Hit,
+    Miss,
     Record,
     Reply,
     Token,
+    Tombstone,
     Unreachable,
 )
 from flask_resilient_session.replication import Gone, Live, Standing, confirmed
+from flask_resilient_session.ring import Ring, RingNode
 from flask_resilient_session.stand_in import (
     judge_stand_in,
     to_be_told,
@@ -36,6 +44,7 @@ from flask_resilient_session.stand_in import (
 )
 from flask_resilient_session.wire import Ack
 
+KEY = session_key("alice")
 STAND_IN = "stand-in"
 TOKEN = Token(33, 3)
 SILENT = Unreachable("down")
@@ -148,12 +157,10 @@ def test_with_both_homes_there_is_nothing_to_stand_in_for() -> None:
 def test_the_stand_in_hears_of_what_not_both_homes_took(
     first: Ack, second: Ack
 ) -> None:
-    """And only once."""
-    acks = {FIRST_HOME: first, SECOND_HOME: second}
+    """What a stand-in took is not a home's."""
     told = {first, second} != {Ack.STORED}
-    assert to_be_told(STAND_IN, PAIR, acks) is told
-    assert to_be_told(STAND_IN, PAIR, {FIRST_HOME: first}) is True
-    assert to_be_told(STAND_IN, PAIR, {**acks, STAND_IN: Ack.STORED}) is False
+    assert to_be_told(PAIR, {FIRST_HOME: first, SECOND_HOME: second}) is told
+    assert to_be_told(PAIR, {FIRST_HOME: first, STAND_IN: Ack.STORED})
 
 
 def test_what_the_stand_in_has_heard_of_is_not_undone() -> None:
@@ -169,3 +176,66 @@ def test_what_the_stand_in_has_heard_of_is_not_undone() -> None:
     for answer in ("miss", "corrupt"):
         assert with_what_stands(SAME, reply(answer, FIRST_HOME)) == SAME
     assert with_what_stands(SAME, SILENT) is None
+
+
+class OneNode:
+    """A stand-in that others tell something as well.
+
+    :ivar meanwhile: what they put there before each of our writes.
+    """
+
+    def __init__(self, *meanwhile: Record | Tombstone) -> None:
+        self._meanwhile = list(meanwhile)
+        self.holds: Record | Tombstone | None = None
+        self._token = 1
+
+    def read(
+        self, names: Sequence[str], session_key: str, keyring: object, deadline: float
+    ) -> dict[str, Reply]:
+        """What it holds."""
+        if self.holds is None:
+            return dict.fromkeys(names, Miss())
+        return dict.fromkeys(names, Hit(self.holds, Token(self._token, 1)))
+
+    def place(
+        self, session_key: str, data: bytes, exptime: int, token: Token | None
+    ) -> tuple[bytes, int]:
+        """A write that stands for a request."""
+        return data, 0 if token is None else token.value
+
+    def write(self, requests: Sequence[Any], deadline: float) -> list[Ack]:
+        """Only where it was read."""
+        if self._meanwhile:
+            self.holds = self._meanwhile.pop(0)
+            self._token += 1
+        ((_, (data, value)),) = requests
+        if value != (0 if self.holds is None else self._token):
+            return [Ack.CONFLICT]
+        copy = KEYRING.unseal(KEY, data)
+        assert isinstance(copy, Record)
+        self.holds = copy
+        return [Ack.STORED]
+
+    def remove(self, session_key: str) -> None:
+        """Nothing that others put there is removed."""
+        raise AssertionError("removed")
+
+
+def tell(node: OneNode, record: Record) -> None:
+    """Tell it of a change that one home took."""
+    ring = Ring([RingNode(name) for name in "abc"], 2)
+    homes = Homes(ring, cast(Cluster, node))
+    access = Access(KEY, KEYRING, TIMING, 0.0)
+    homes.tell_stand_in(access, record, {ring.homes(KEY)[0]: Ack.STORED}, NOW)
+
+
+def test_others_tell_it_at_the_same_time() -> None:
+    """Nothing that they told it is lost: a change is joined, an end stays."""
+    later = replace(SAME, entries={**SAME.entries, "more": Entry(NOW + 5, 1, b"x")})
+    node = OneNode(SAME, later)
+    tell(node, OTHER)
+    assert isinstance(node.holds, Record)
+    assert node.holds.entries == {**later.entries, **OTHER.entries}
+    node = OneNode(SAME, DEAD)
+    tell(node, OTHER)
+    assert node.holds == DEAD

@@ -74,8 +74,25 @@ def test_anything_else_is_a_reason_to_ask(replies: dict[str, Reply]) -> None:
 def test_what_ended_is_forgotten() -> None:
     """A process does not trust what it ended itself."""
     trust = trusting()
-    trust.forget(KEY)
+    trust.forget(KEY, 100.0)
+    replies: dict[str, Reply] = {"a": hit(), "b": DOWN}
+    assert trust.trusted(KEY, replies, 101.0) is None
+    # An answer that was on its way does not count, and a later one does: the end may
+    # have been refused.
+    trust.vouch(KEY, KNOWN, 101.0)
+    assert trust.trusted(KEY, replies, 102.0) is None
+    trust.vouch(KEY, KNOWN, 161.0)
+    assert trust.trusted(KEY, replies, 162.0) == KNOWN
+
+
+def test_an_older_answer_undoes_nothing() -> None:
+    """What was asked for before this process wrote does not count any more."""
+    trust = trusting()
+    newer = replace(LATER, row_version=KNOWN.row_version + 1)
+    trust.vouch(KEY, newer, 100.0)
+    trust.vouch(KEY, KNOWN, 100.5)
     assert trust.trusted(KEY, {"a": hit(), "b": DOWN}, 101.0) is None
+    assert trust.trusted(KEY, {"a": hit(newer), "b": DOWN}, 101.0) == newer
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -362,7 +362,7 @@ def any_state_trusted(patch: Patch) -> None:
 @_mutation("trust+two")
 def ended_still_trusted(patch: Patch) -> None:
     """A worker trusts what it has ended itself."""
-    patch(Trust, "forget", lambda self, session_key: None)
+    patch(Trust, "forget", lambda self, session_key, now: None)
 
 
 # --- rotating the key --------------------------------------------------------------
@@ -389,18 +389,30 @@ def rows_keep_their_key(patch: Patch) -> None:
 def stand_in_not_told(patch: Patch) -> None:
     """What not both homes took is in SQL, and the stand-in keeps what it has."""
     patch(Homes, "_untold", lambda *_: [])
+    patch(Homes, "all_names", Homes.names)
 
 
 @_mutation("split")
 def ends_not_told_to_the_stand_in(patch: Patch) -> None:
     """The stand-in hears of changes only."""
     patch(Homes, "bury_at_stand_in", lambda *_: None)
+    patch(Homes, "all_names", Homes.names)
 
 
 @_mutation("split")
 def changes_not_told_to_the_stand_in(patch: Patch) -> None:
     """The stand-in hears of ends only."""
     patch(Homes, "tell_stand_in", lambda *_: None)
+
+
+@_mutation("stand-in+full")
+def stand_in_has_taken_it(patch: Patch) -> None:
+    """A home that refused a change keeps its old copy, if the stand-in took it."""
+
+    def remove_refused(self: Homes, access: Access, acks: Any, places: Any) -> None:
+        self._remove(access, homes.to_remove(acks, places))
+
+    patch(Homes, "remove_refused", remove_refused)
 
 
 @_mutation("stand-in")
@@ -413,7 +425,13 @@ def stand_in_is_a_home(patch: Patch) -> None:
             live = replace(live, standing=Standing.AGREED)
         return real(live, **kwargs)
 
+    judge = saving.judge_acks
+
+    def judge_acks(acks: Any, **kwargs: Any) -> Outcome:
+        return judge(acks, **{**kwargs, "homes": tuple(acks) or kwargs["homes"]})
+
     patch(saving, "sql_need", sql_need)
+    patch(saving, "judge_acks", judge_acks)
 
 
 @_mutation("stand-in")

@@ -312,6 +312,24 @@ def _stand_in(rng: Random) -> list[Action]:
     return actions
 
 
+def _stand_in_and_full(rng: Random) -> list[Action]:
+    """One of the homes is silent, and the other one full, before it is back.
+
+    Nothing is under way when there is room again: what was slow might put back what SQL
+    held before.
+    """
+    actions = []
+    for _ in range(rng.randint(1, 2)):
+        silent, full = rng.sample(("a", "b"), 2)
+        what, worker = rng.choice(("hang", "cut", "cut")), rng.randrange(WORKERS)
+        actions += [_sleep(rng), Action(what, silent, worker)]
+        actions += [_sleep(rng, 80), Action("full", full)]
+        actions += [_sleep(rng, 60), Action("heal", silent)]
+        actions += [_sleep(rng, 60), Action("heal quietly", full), _sleep(rng)]
+        actions.append(Action("settle", silent, pinned=True))
+    return actions
+
+
 def _split(rng: Random) -> list[Action]:
     """Every worker is cut off from one node at most, not all from the same."""
     actions = []
@@ -488,6 +506,7 @@ CLASSES: dict[str, Callable[[Random], list[Action]]] = {
     "ring": _ring,
     "reaper": _reaper,
     "stand-in": _stand_in,
+    "stand-in+full": _stand_in_and_full,
     "split": _split,
     "long": _long,
     "rotation": _rotation,
@@ -504,7 +523,7 @@ _ADJUSTED: dict[str, Callable[[Plan, Random], Plan]] = {
 }
 
 #: Classes in which every session lives on a and b, so that c stands in for both.
-ON_TWO = ("stand-in", "split")
+ON_TWO = ("stand-in", "stand-in+full", "split")
 
 
 # --- shrinking -------------------------------------------------------------------

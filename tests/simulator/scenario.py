@@ -144,10 +144,13 @@ class Worker:
         suspects = self.store.homes.cluster.suspects()
         return not suspects.isdisjoint(_homes_of(self.names, session_key))
 
-    def skips_both(self, session_key: str) -> bool:
-        """Whether it skips all of the session's homes."""
+    def reaches_none(self, session_key: str) -> bool:
+        """Whether it can tell none of the session's homes anything."""
         suspects = self.store.homes.cluster.suspects()
-        return suspects.issuperset(_homes_of(self.names, session_key))
+        return all(
+            name in suspects or self.nodes[name].server.full
+            for name in _homes_of(self.names, session_key)
+        )
 
 
 @dataclass
@@ -280,6 +283,10 @@ class Run:
             self._settle()
         elif what == "split":
             self._split()
+        elif what == "heal quietly":
+            self._hold()
+            self.servers[action.node].heal()
+            self.held = False
         elif what in ("pass", "days", "renew", "announce", "rotate", "drop"):
             upkeep.act(self, what, action.amount)
         else:
@@ -602,7 +609,7 @@ class Run:
             return self._refused("end", error)
         self.hearing.note(worker.process)
         session.ended = min(session.ended, self.world.step)
-        session.untold |= worker.skips_both(session.key)
+        session.untold |= worker.reaches_none(session.key)
         return self._count("ended", session.name)
 
     def _move(
@@ -645,7 +652,7 @@ class Run:
             return "gone"
         self.hearing.note(worker.process)
         session.ended = min(session.ended, world.step)
-        session.untold |= worker.skips_both(session.key)
+        session.untold |= worker.reaches_none(session.key)
         if not refill:
             history.in_sql(session, start)
         # What it found on the old homes it says to have dropped, for want of SQL.
