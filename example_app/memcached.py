@@ -89,8 +89,10 @@ class Memcached:
 
     def start(self) -> None:
         """Start it, empty, and return when it answers."""
+        if self._frozen and self.pid is not None:
+            raise NodeError(f"{self.name} is frozen, not stopped. Thaw it, or kill it.")
         if self.pid is not None:
-            raise NodeError(f"{self.name} is {self.status} already.")
+            raise NodeError(f"{self.name} is running already.")
         self._frozen = False
         self._process = subprocess.Popen(
             self._command(), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL

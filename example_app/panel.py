@@ -48,6 +48,7 @@ class NodeView:
 
     :ivar home: this session's copies belong here.
     :ivar stands_in: it holds a copy for a home that does not answer.
+    :ivar behind: what it holds was out of date, and is brought up to date.
     :ivar skipped: this process leaves it alone for a while, after a failure.
     :ivar holds: what it holds of this session at this moment.
     """
@@ -56,6 +57,7 @@ class NodeView:
     address: str
     home: bool
     stands_in: bool
+    behind: bool
     skipped: bool
     holds: CopyState
 
@@ -112,6 +114,7 @@ def _nodes(
             address=node.address.removeprefix("inet:"),
             home=node.name in trace.homes,
             stands_in=node.name == trace.stand_in,
+            behind=node.name in trace.repairs,
             skipped=node.name in suspects,
             holds=copies[node.name],
         )

@@ -283,7 +283,7 @@ class Cluster:
             self._nodes[name].drop_idle()
             logger.warning(
                 "Node %s is skipped for a while: %s. Sessions that live on it are"
-                " served from their other home and SQL.",
+                " served from their other home, with a stand-in or SQL.",
                 name,
                 fault,
             )

@@ -360,7 +360,7 @@ def _known_key(key: str) -> str:
     # Without the prefix, which would make any two keys look alike.
     fields = {field.upper(): PREFIX + field.upper() for field in _KEYS}
     if close := get_close_matches(key.removeprefix(PREFIX), fields, n=1):
-        return f"a key that exists; did you mean {fields[close[0]]}?"
+        return f"a key that exists, perhaps {fields[close[0]]}"
     return f"a key that exists: {', '.join(CONFIG_KEYS)}"
 
 

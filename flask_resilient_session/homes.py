@@ -10,7 +10,7 @@ from typing import Final
 
 from .access import Access
 from .cluster import Cluster
-from .record import Copy, Record, Reply, Token, Tombstone
+from .record import Copy, Miss, Record, Reply, Token, Tombstone
 from .replication import (
     PAIR,
     places_of,
@@ -40,7 +40,8 @@ class Homes:
 
     :param ring: gives each session its homes.
     :param cluster: the nodes.
-    :param stand_ins: whether the next node stands in for a home that is down.
+    :param stand_ins: whether the next node stands in for a home that is down. Without
+        it a stand-in that others use still hears of what it has to.
     """
 
     def __init__(self, ring: Ring, cluster: Cluster, *, stand_ins: bool = True) -> None:
@@ -54,7 +55,7 @@ class Homes:
 
     def stand_in(self, access: Access) -> str | None:
         """The node that stands in for a home that is down, if there is one."""
-        if not self._stand_ins or len(self.names(access)) < PAIR:
+        if len(self.names(access)) < PAIR:
             return None
         return self.ring.stand_in(access.session_key)
 
@@ -70,7 +71,7 @@ class Homes:
             in one round trip.
         """
         homes = self.names(access)
-        if self.cluster.suspects_any(homes):
+        if self._stand_ins and self.cluster.suspects_any(homes):
             stand_in = self.stand_in(access)
             if stand_in is not None:
                 replies = self.read(access, (*homes, stand_in))
@@ -153,7 +154,8 @@ class Homes:
             for _ in range(_MOST_CONFLICTS):
                 replies = self.read(access, (name,))
                 joined = with_what_stands(record, replies[name])
-                if joined is None:
+                unused = not self._stand_ins and isinstance(replies[name], Miss)
+                if joined is None or unused:
                     return
                 told = self.write(access, joined, places_of(replies), now_ms)
                 if told[name] is not Ack.CONFLICT:

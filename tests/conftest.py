@@ -20,9 +20,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", EACH_VALUE)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> None:
     """Leave out what would take long and say nothing new."""
-    items[:] = without_needless_combinations(items)
+    needed = without_needless_combinations(items)
+    left_out = set(items).difference(needed)
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = needed
 
 
 @pytest.fixture(scope="session")

@@ -334,7 +334,7 @@ def test_misspelt_key(key: str, meant: str) -> None:
     """An unknown key is an error that shows it and suggests the closest one."""
     error = refused({key: "x7"})
     assert f"{key} = 'x7' is not allowed" in str(error)
-    assert f"did you mean {meant}?" in str(error)
+    assert f"perhaps {meant}." in str(error)
 
 
 @pytest.mark.parametrize("key", ["RESILIENT_SESSION_", "RESILIENT_SESSION_QQQ"])

@@ -137,6 +137,29 @@ def test_switched_off(
 
 
 @each_home
+def test_a_worker_without_tells_the_others(
+    three_nodes: list[Memcached], lab_database: LabDatabase, home: str
+) -> None:
+    """Workers that differ while it is switched off, or on, miss nothing."""
+    with new_lab(three_nodes, lab_database, **HASTY) as lab:
+        user = lab.member(x=0)
+        lab.freeze(user, home)
+        for _ in range(5):
+            assert user.sees() == MEMBER
+        assert lab.copy(user, STRANGER) == MEMBER
+        without = user.at(lab.new_worker(RESILIENT_SESSION_STAND_IN=False))
+        assert without.changes(x=1).status == 200
+        assert lab.copy(user, STRANGER) == CHANGED
+        assert user.sees() == CHANGED
+        late = user.twin()
+        assert without.logs_out().status == 200
+        assert lab.copy(late, STRANGER) == DEAD
+        lab.node(late, home).thaw()
+        lab.kill(late, OTHER[home])
+        assert late.sees() == {}
+
+
+@each_home
 def test_a_hung_home_is_stood_in_for(
     three_nodes: list[Memcached], lab_database: LabDatabase, home: str
 ) -> None:
