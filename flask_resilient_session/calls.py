@@ -158,9 +158,7 @@ class Calls:
             except sa.exc.DBAPIError as error:
                 if error.connection_invalidated:
                     raise
-                # Another process may have created it in between. One that holds the
-                # file has been waited for, and is not waited for again.
-                self._limit_lock_wait(connection, 0)
+                # Another process may have created it in between.
                 known = sa.inspect(connection)
                 if not known.has_table(self.table.name, self.table.schema):
                     raise
