@@ -23,9 +23,7 @@ from .replication import (
     sql_need,
 )
 from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
-from .times import (
-    refresh_due,
-)
+from .times import refresh_due
 from .wire import Ack
 
 

@@ -40,9 +40,7 @@ from .replication import (
     tombstone_of,
     vouches,
 )
-from .times import (
-    expires_ms,
-)
+from .times import expires_ms
 from .wire import Ack
 
 

@@ -12,9 +12,7 @@ from flask import Flask, session
 from flask_sqlalchemy import SQLAlchemy
 
 from apps import BareApps, tables_of, works
-from flask_resilient_session import (
-    ResilientSession,
-)
+from flask_resilient_session import ResilientSession
 from servers import Memcached
 
 TABLE = "resilient_sessions"

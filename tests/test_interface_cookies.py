@@ -6,9 +6,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
-from flask import (
-    session,
-)
+from flask import session
 from werkzeug.http import parse_date
 
 from apps import Site, Sites

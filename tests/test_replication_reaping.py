@@ -39,9 +39,7 @@ from flask_resilient_session.record import (
     Hit,
     Tombstone,
 )
-from flask_resilient_session.replication import (
-    RowLive,
-)
+from flask_resilient_session.replication import RowLive
 from flask_resilient_session.times import (
     expires_ms,
     exptime_seconds,

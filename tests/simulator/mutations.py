@@ -44,9 +44,7 @@ from flask_resilient_session.replication import (
     Standing,
 )
 from flask_resilient_session.saving import Saver
-from flask_resilient_session.times import (
-    refresh_due,
-)
+from flask_resilient_session.times import refresh_due
 from flask_resilient_session.trust import Trust
 from flask_resilient_session.wire import Ack, Set
 
