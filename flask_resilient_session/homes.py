@@ -55,7 +55,7 @@ class Homes:
 
     def stand_in(self, access: Access) -> str | None:
         """The node that stands in for a home that is down, if there is one."""
-        if len(self.names(access)) < PAIR:
+        if self.ring.copies < PAIR:
             return None
         return self.ring.stand_in(access.session_key)
 
@@ -240,6 +240,8 @@ class Homes:
         :param acks: answers of the nodes that were written.
         :param places: what stood there, as in :class:`Live`.
         """
+        if Ack.REFUSED not in acks.values():
+            return
         homes = self.names(access)
         at_homes = {name: ack for name, ack in acks.items() if name in homes}
         others = {name: ack for name, ack in acks.items() if name not in homes}

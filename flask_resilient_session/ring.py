@@ -77,6 +77,7 @@ class Ring:
                 raise ValueError(f"Two nodes on the ring are named {node.name!r}.")
             by_name[node.name] = node
         self._names = frozenset(by_name)
+        self._copies = copies
         # Sorting by name as well settles two equal points without regard to
         # the order of the list.
         marks = sorted(
@@ -89,6 +90,11 @@ class Ring:
     def names(self) -> frozenset[str]:
         """The names of all nodes on the ring."""
         return self._names
+
+    @property
+    def copies(self) -> int:
+        """How many homes a session has where there are enough nodes."""
+        return self._copies
 
     def homes(self, session_key: str) -> tuple[str, ...]:
         """Return the names of the nodes that should hold a session, best first.
