@@ -9,7 +9,7 @@ from .access import Access
 from .errors import SqlUnavailable
 from .events import session_revoked, short
 from .record import Tombstone
-from .replication import PAIR, Live
+from .replication import PAIR, Live, all_stored
 from .steps import Steps
 from .wire import Ack
 
@@ -48,15 +48,15 @@ class Ender:
         names = tuple(dict.fromkeys((*homes, *also)))
         told = tuple(dict.fromkeys((*names, *self._homes.all_names(access))))
         tombstone = Tombstone("ended", self._clock.now_ms())
+        record = None if live is None else live.record
         try:
-            self._durable.bury(access, tombstone, None if live is None else live.record)
+            self._durable.bury(access, tombstone, record)
         except SqlUnavailable as error:
             if not in_debt:
                 raise self._steps.not_kept(access, error) from error
             acks = self._homes.bury(access, replace(tombstone, debt=True), told)
-            if len(homes) < PAIR or {acks[name] for name in names} != {Ack.STORED}:
+            if len(homes) < PAIR or not all_stored(acks, names):
                 raise self._steps.not_kept(access, error) from error
-            record = None if live is None else live.record
             self._durable.owe(access, tombstone, record)
         else:
             acks = self._homes.bury(access, tombstone, told)

@@ -26,6 +26,7 @@ from .replication import (
     confirmed,
     judge_copies,
     judge_row,
+    live_copies,
     torn,
 )
 from .stand_in import judge_stand_in, with_stand_in
@@ -185,9 +186,8 @@ class Loader:
         now = self._clock.monotonic()
         if now < self._next_notice:
             return
-        for reply in replies.values():
-            copy = reply.copy if isinstance(reply, Hit) else None
-            if isinstance(copy, Record) and set(copy.homes) != set(replies):
+        for copy in live_copies(replies):
+            if set(copy.homes) != set(replies):
                 self._next_notice = now + _NOTICE_SECONDS
                 logger.warning(
                     "Session %s was written for the nodes %s; here it belongs on %s."

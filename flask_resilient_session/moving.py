@@ -17,18 +17,23 @@ from .events import (
 )
 from .loading import Loader
 from .record import (
-    Corrupt,
     EndReason,
     Entry,
-    Hit,
-    Miss,
     Record,
     Token,
     Tombstone,
     Unreachable,
-    join_records,
 )
-from .replication import Gone, Live, Standing, Unknown
+from .replication import (
+    Gone,
+    Live,
+    Standing,
+    Unknown,
+    buried_at,
+    join_all,
+    live_copies,
+    places_of,
+)
 from .saving import Saver
 from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
 from .wire import Ack
@@ -50,8 +55,6 @@ class Mover:
         self._clock = steps.clock
         self._observer = steps.observer
         self._trust = steps.trust
-
-    # --- move --------------------------------------------------------------------
 
     def move(
         self,
@@ -154,7 +157,7 @@ class Mover:
         :param answers: what the nodes said to the first try.
         :returns: what others had written there meanwhile.
         """
-        found: Record | None = None
+        found: list[Record] = []
         full: set[str] = set()
         for _ in range(MAX_ATTEMPTS):
             # One without room for a tombstone drops the copy. It is read before: there
@@ -167,30 +170,28 @@ class Mover:
             if not changed:
                 break
             places, late = self._look(old, tombstone, changed)
-            found = _joined(found, late)
+            found += late
             answers = self._homes.write(old, tombstone, places, now_ms)
         else:
             self._homes.bury(old, tombstone, list(answers))
-        return found
+        return join_all(found) if found else None
 
     def _look(
         self, old: Access, tombstone: Tombstone, names: Sequence[str]
-    ) -> tuple[dict[str, Token | None], Record | None]:
-        """Where these nodes have still to be buried, and what they hold."""
-        places: dict[str, Token | None] = {}
-        found: Record | None = None
-        for name, reply in self._homes.read(old, names).items():
-            if isinstance(reply, Hit) and isinstance(reply.copy, Record):
-                found = _joined(found, reply.copy)
-                places[name] = reply.token
-            elif isinstance(reply, Corrupt):
-                places[name] = reply.token
-            elif isinstance(reply, Miss):
-                places[name] = None
-            elif isinstance(reply, Unreachable) and reply.sealed:
-                # What is new there cannot be read here, and ends all the same.
-                self._homes.bury(old, tombstone, [name])
-        return places, found
+    ) -> tuple[dict[str, Token | None], list[Record]]:
+        """Where these nodes have still to be buried, and the copies there."""
+        replies = self._homes.read(old, names)
+        # What is new under a key unknown here cannot be read, and ends all the same.
+        sealed = [
+            name
+            for name, reply in replies.items()
+            if isinstance(reply, Unreachable) and reply.sealed
+        ]
+        self._homes.bury(old, tombstone, sealed)
+        places = places_of(replies)
+        for name in buried_at(replies):
+            del places[name]
+        return places, live_copies(replies)
 
     def _carry_over(
         self, new: Access, seen: Record, late: Record, changes: Changes
@@ -236,9 +237,3 @@ class Mover:
         else:
             self._observer.count("regenerated")
             self._observer.send(session_regenerated, session=session, previous=previous)
-
-
-def _joined(left: Record | None, right: Record | None) -> Record | None:
-    if left is None or right is None:
-        return left or right
-    return join_records(left, right)

@@ -28,10 +28,11 @@ from .reaping import (
     Renew,
     may_reap,
 )
-from .record import Hit, Record, Reply, Unreachable
+from .record import Reply, Unreachable
 from .replication import (
     RowAnswer,
     RowLive,
+    live_copies,
 )
 from .rows import Row
 from .store import Store
@@ -337,9 +338,7 @@ class Reaper:
         if row.revoked_at is not None:
             return None
         records = [answer.record] if isinstance(answer, RowLive) else []
-        for reply in replies.values():
-            if isinstance(reply, Hit) and isinstance(reply.copy, Record):
-                records.append(reply.copy)
+        records += live_copies(replies)
         if not records:
             return None
         newest = max(records, key=lambda record: record.last_use_ms)

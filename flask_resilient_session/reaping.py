@@ -14,8 +14,8 @@ from .replication import (
     RowDead,
     RowLive,
     SqlSilent,
-    hits_of,
     join_all,
+    live_copies,
     tombstone_of,
 )
 from .times import expires_ms
@@ -65,7 +65,7 @@ def may_reap(
     silent = [n for n, reply in replies.items() if isinstance(reply, Unreachable)]
     if silent:
         return Keep(f"no answer from {', '.join(sorted(silent))}")
-    copies = [hit.copy for _, hit in hits_of(replies) if isinstance(hit.copy, Record)]
+    copies = live_copies(replies)
     if isinstance(row, SqlSilent):
         # Sealed under a key that is not known here: perhaps not yet, and then some
         # worker uses it, or no more, and then nobody ever will.

@@ -9,7 +9,7 @@ switched off on its own.
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, TypeAlias
 
@@ -155,24 +155,31 @@ def judge_copies(
     tombstone = tombstone_of(replies)
     if tombstone is not None:
         return _buried_at_home(tombstone, replies, now_ms)
-    hits = [reply for reply in replies.values() if isinstance(reply, Hit)]
-    if len(hits) != len(replies) or len(hits) < PAIR:
+    copies = live_copies(replies)
+    if len(copies) != len(replies):
         return None
-    names = frozenset(replies)
-    first = hits[0].copy
-    assert isinstance(first, Record)
-    record = first
-    for hit in hits:
-        copy = hit.copy
-        assert isinstance(copy, Record)
-        if not vouches(copy, names) or not same_state(copy, first):
+    record = agreed(copies, frozenset(replies), timing, now_ms)
+    if record is None:
+        return None
+    return Live(record, Standing.AGREED, places_of(replies))
+
+
+def agreed(
+    copies: Sequence[Record], homes: frozenset[str], timing: Timing, now_ms: int
+) -> Record | None:
+    """What live copies hold together, where two or more hold the same state.
+
+    :param homes: the session's homes, which all of them have to name.
+    """
+    if len(copies) < PAIR:
+        return None
+    record = first = copies[0]
+    for copy in copies:
+        if not vouches(copy, homes) or not same_state(copy, first):
             return None
         if copy is not first:
             record = join_records(record, copy)
-    if expires_ms(record, timing) <= now_ms:
-        return None
-    places = {name: reply.token for name, reply in hits_of(replies)}
-    return Live(record, Standing.AGREED, places)
+    return None if expires_ms(record, timing) <= now_ms else record
 
 
 def torn(replies: Mapping[str, Reply]) -> bool:
@@ -194,7 +201,7 @@ def judge_row(
     replies: Mapping[str, Reply], row: RowAnswer, timing: Timing, now_ms: int
 ) -> Live | Gone | InsertFirst | Unknown:
     """What homes and SQL together say, where the homes alone did not settle it."""
-    copies = [hit.copy for _, hit in hits_of(replies) if isinstance(hit.copy, Record)]
+    copies = live_copies(replies)
     if isinstance(row, RowDead):
         return buried(row.tombstone, replies, now_ms)
     if isinstance(row, SqlSilent):
@@ -247,6 +254,11 @@ def confirmed(record: Record, replies: Mapping[str, Reply]) -> Live:
 def hits_of(replies: Mapping[str, Reply]) -> list[tuple[str, Hit]]:
     """The nodes that hold something of the session, and what."""
     return [(name, reply) for name, reply in replies.items() if isinstance(reply, Hit)]
+
+
+def live_copies(replies: Mapping[str, Reply]) -> list[Record]:
+    """The live copies among what the nodes hold."""
+    return [hit.copy for _, hit in hits_of(replies) if isinstance(hit.copy, Record)]
 
 
 def join_all(records: Sequence[Record]) -> Record:
@@ -429,9 +441,14 @@ def judge_acks(
         return Outcome.CONFLICT
     if in_sql:
         return Outcome.ACKNOWLEDGED
-    if len(homes) >= PAIR and all(acks.get(home) is Ack.STORED for home in homes):
+    if len(homes) >= PAIR and all_stored(acks, homes):
         return Outcome.ACKNOWLEDGED
     return Outcome.SQL_NOW
+
+
+def all_stored(acks: Mapping[str, Ack], names: Iterable[str]) -> bool:
+    """Whether each of these nodes took what was written."""
+    return all(acks.get(name) is Ack.STORED for name in names)
 
 
 def to_remove(acks: Mapping[str, Ack], places: Mapping[str, Token | None]) -> list[str]:

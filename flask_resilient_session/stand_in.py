@@ -34,13 +34,14 @@ from .replication import (
     Gone,
     Live,
     Standing,
+    agreed,
+    all_stored,
     buried,
     holds,
+    live_copies,
     places_of,
     tombstone_of,
-    vouches,
 )
-from .times import expires_ms
 from .wire import Ack
 
 
@@ -64,16 +65,8 @@ def judge_stand_in(
     if len(homes) != PAIR or len(silent) != 1 or silent[0].sealed:
         # What is sealed under an unknown key is a word that cannot be read here.
         return None
-    hits = [reply.copy for reply in replies.values() if isinstance(reply, Hit)]
-    copies = [copy for copy in hits if isinstance(copy, Record)]
-    names = frozenset(homes)
-    if len(copies) != PAIR or not all(vouches(copy, names) for copy in copies):
-        return None
-    left, right = copies
-    if not same_state(left, right):
-        return None
-    record = join_records(left, right)
-    if record.never_synced or expires_ms(record, timing) <= now_ms:
+    record = agreed(live_copies(replies), frozenset(homes), timing, now_ms)
+    if record is None or record.never_synced:
         return None
     return Live(record, Standing.STOOD_IN, places_of(replies))
 
@@ -103,7 +96,7 @@ def to_be_told(homes: Sequence[str], acks: Mapping[str, Ack]) -> bool:
 
     :param acks: answers of the nodes that were written.
     """
-    return any(acks.get(home) is not Ack.STORED for home in homes)
+    return not all_stored(acks, homes)
 
 
 def with_what_stands(record: Record, reply: Reply) -> Record | None:

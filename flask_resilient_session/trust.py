@@ -54,7 +54,11 @@ class Trust:
         vouched = _Vouched(record.row_version, _newest(record), now + self._seconds)
         with self._lock:
             known = self._vouched.get(session_key)
-            if known is None or known.until <= now or known[0] <= vouched[0]:
+            if (
+                known is None
+                or known.until <= now
+                or (known.row_version <= vouched.row_version)
+            ):
                 self._remember(session_key, vouched)
 
     def forget(self, session_key: str, now: float) -> None:

@@ -282,11 +282,13 @@ def test_a_frozen_node_holds_revocation_up_for_a_bounded_time(sites: Sites) -> N
     assert [site.data(browser) for browser in browsers[1::10]] == [{}] * 3
 
 
-@pytest.mark.parametrize("rest", [2, 500])
-def test_homes_that_could_not_be_told_serve_for_two_intervals_at_most(
-    sites: Sites, clock: TimeMachine, monkeypatch: pytest.MonkeyPatch, rest: int
-) -> None:
-    """A worker that reaches both homes, revoked by a host that reaches neither."""
+def revoked_untold(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Site, FlaskClient, float]:
+    """A login that a host revoked which reaches neither home.
+
+    :returns: the site, the browser, and the sync interval in seconds.
+    """
     site = sites()
     browser = login(site, "alice")
     site.data(browser)
@@ -294,8 +296,18 @@ def test_homes_that_could_not_be_told_serve_for_two_intervals_at_most(
     monkeypatch.setattr(host.state.store.homes.cluster, "_admitted", lambda name: None)
     with inside(host):
         assert host.sessions.revoke_user("alice") == 1
+    timing = host.state.settings.timing(timedelta(days=31))
+    return site, browser, timing.sync_ms / 1000
+
+
+@pytest.mark.parametrize("rest", [2, 500])
+def test_homes_that_could_not_be_told_serve_for_two_intervals_at_most(
+    sites: Sites, clock: TimeMachine, monkeypatch: pytest.MonkeyPatch, rest: int
+) -> None:
+    """A worker that reaches both homes, revoked by a host that reaches neither."""
+    site, browser, interval = revoked_untold(sites, monkeypatch)
     # Also the very first request after that time.
-    clock.forward(rest * host.state.settings.timing(timedelta(days=31)).sync_ms / 1000)
+    clock.forward(rest * interval)
     clock.forward(61)
     assert site.data(browser) == {}
     assert site.data(browser) == {}
@@ -305,14 +317,8 @@ def test_a_session_in_use_meets_its_revocation_at_its_next_sync(
     sites: Sites, clock: TimeMachine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One request finds the tombstone when it syncs; the next one finds nothing."""
-    site = sites()
-    browser = login(site, "alice")
-    site.data(browser)
-    host = sites()
-    monkeypatch.setattr(host.state.store.homes.cluster, "_admitted", lambda name: None)
-    with inside(host):
-        assert host.sessions.revoke_user("alice") == 1
-    clock.forward(host.state.settings.timing(timedelta(days=31)).sync_ms / 1000 + 1)
+    site, browser, interval = revoked_untold(sites, monkeypatch)
+    clock.forward(interval + 1)
     site.data(browser)
     assert site.data(browser) == {}
 
