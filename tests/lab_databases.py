@@ -105,6 +105,36 @@ class LabDatabase(ABC):
         """Leave nothing behind for the next lab."""
 
 
+class LinkedFile:
+    """A file that is opened by a link, so that it vanishes and comes back at once.
+
+    In between SQLite would make a new, empty one of a file that was only moved away.
+
+    :param folder: where both are.
+    :ivar link: what is opened.
+    :ivar real: where the file is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.link = folder / "sessions.sqlite"
+        self.real = folder / "real.sqlite"
+        self._nowhere = folder / "nowhere" / "real.sqlite"
+        self.back()
+
+    def gone(self) -> None:
+        """From now on it cannot be opened."""
+        self._point_to(self._nowhere)
+
+    def back(self) -> None:
+        """It is where it was."""
+        self._point_to(self.real)
+
+    def _point_to(self, target: Path) -> None:
+        link = self.link.with_suffix(".link")
+        link.symlink_to(target)
+        link.replace(self.link)
+
+
 class SqliteFile(LabDatabase):
     """A file of SQLite.
 
@@ -114,18 +144,15 @@ class SqliteFile(LabDatabase):
     is_file = True
 
     def __init__(self, folder: Path) -> None:
-        #: What workers open: a link, so that the file vanishes and comes back at
-        #: once; in between SQLite would make a new, empty one.
-        self._link = folder / "sessions.sqlite"
-        self._file = folder / "real.sqlite"
-        self._nowhere = folder / "nowhere" / "real.sqlite"
+        self._linked = LinkedFile(folder)
+        self._file = self._linked.real
         self._backup = folder / "sessions.backup"
         self._writer: sqlite3.Connection | None = None
-        self._point_to(self._file)
         real = sa.URL.create("sqlite", database=str(self._file))
         options = {"isolation_level": "AUTOCOMMIT", "poolclass": sa.NullPool}
         super().__init__(
-            real.set(database=str(self._link)), sa.create_engine(real, **options)
+            real.set(database=str(self._linked.link)),
+            sa.create_engine(real, **options),
         )
 
     def row(self, session_key: str) -> dict[str, Any] | None:
@@ -135,11 +162,11 @@ class SqliteFile(LabDatabase):
 
     def gone(self) -> None:
         """From now on it cannot be opened."""
-        self._point_to(self._nowhere)
+        self._linked.gone()
 
     def back(self) -> None:
         """See :class:`LabDatabase`."""
-        self._point_to(self._file)
+        self._linked.back()
 
     def locked(self, *, readable: bool = False) -> None:
         """See :class:`LabDatabase`."""
@@ -165,11 +192,6 @@ class SqliteFile(LabDatabase):
     def close(self) -> None:
         """See :class:`LabDatabase`; the file goes with its folder."""
         self.unlocked()
-
-    def _point_to(self, target: Path) -> None:
-        link = self._link.with_suffix(".link")
-        link.symlink_to(target)
-        link.replace(self._link)
 
 
 class ServerTable(LabDatabase):

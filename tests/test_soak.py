@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from database_servers import DatabaseServer
-from soak.databases import NAMES, SqliteFile, server_database
+from lab_databases import NAMES
+from soak.databases import SqliteFile, server_database
 from soak.run import BUDGET, soak
 
 #: The servers share the work: ``make soak`` breaks each of them in every way.

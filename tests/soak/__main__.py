@@ -9,7 +9,9 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
-from .databases import NAMES, new_database
+from lab_databases import NAMES
+
+from .databases import new_database
 from .report import Report
 from .run import soak
 

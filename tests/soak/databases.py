@@ -22,6 +22,7 @@ import pymysql
 
 from database_servers import DatabaseServer, MariaDB, PostgreSQL
 from lab import Proxy
+from lab_databases import LinkedFile
 from served_app import PATIENCE, Gunicorn, make_sqlite
 
 from .faults import Breakages
@@ -62,18 +63,15 @@ class SqliteFile(Database):
     """An SQLite file, reached by a link, so that it can be taken away."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = folder / "real.sqlite"
-        self._nowhere = folder / "nowhere" / "real.sqlite"
-        self._link = folder / "soak.sqlite"
-        make_sqlite(self._file)
-        self._point_to(self._file)
+        self._linked = LinkedFile(folder)
+        make_sqlite(self._linked.real)
         self._workers: Sequence[Gunicorn] = ()
         self.breakages = {"sql lock": self.lock, "sql gone": self.gone}
         self.silent = frozenset(self.breakages)
 
     def uri(self, worker: int) -> str:
         """See :class:`Database`."""
-        return f"sqlite:///{self._link}"
+        return f"sqlite:///{self._linked.link}"
 
     def serve(self, workers: Sequence[Gunicorn]) -> None:
         """See :class:`Database`."""
@@ -86,7 +84,7 @@ class SqliteFile(Database):
     def lock(self) -> Iterator[None]:
         """Another writer holds the file; who only reads is let in."""
         with closing(
-            sqlite3.connect(self._file, PATIENCE, isolation_level=None)
+            sqlite3.connect(self._linked.real, PATIENCE, isolation_level=None)
         ) as connection:
             connection.execute("BEGIN EXCLUSIVE")
             yield
@@ -94,19 +92,14 @@ class SqliteFile(Database):
     @contextmanager
     def gone(self) -> Iterator[None]:
         """The file is not where it was, as that of a share that is not mounted."""
-        self._point_to(self._nowhere)
+        self._linked.gone()
         try:
             for worker in self._workers:
                 # An open file stays open; only who opens it finds it gone.
                 worker.disconnect()
             yield
         finally:
-            self._point_to(self._file)
-
-    def _point_to(self, target: Path) -> None:
-        new = self._link.with_suffix(".new")
-        new.symlink_to(target)
-        new.replace(self._link)
+            self._linked.back()
 
 
 class Server(Database):
@@ -257,10 +250,6 @@ class Server(Database):
                 with suppress(pymysql.MySQLError):
                     cursor.execute(f"KILL {number}")
             return len(numbers)
-
-
-#: The databases that a soak can be asked to run on.
-NAMES: Final = ("sqlite", "postgresql", "mariadb")
 
 
 def new_database(name: str, folder: Path, seed: int) -> Database:

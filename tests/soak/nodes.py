@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Final
 
 from lab import NAMES, Proxy
@@ -39,10 +40,10 @@ class NodeFaults:
             "kill": self.kill,
             "freeze": self.freeze,
             "restart": self.restart,
-            "cut": self.cut,
+            "cut": partial(self.broken, Proxy.refuse),
             "hold": self.hold,
-            "reset": self.reset,
-            "drip": self.drip,
+            "reset": partial(self.broken, Proxy.reset),
+            "drip": partial(self.broken, Proxy.drip),
         }
 
     @contextmanager
@@ -72,16 +73,6 @@ class NodeFaults:
         yield
 
     @contextmanager
-    def cut(self) -> Iterator[None]:
-        """One worker is refused by a node that the others reach."""
-        wire = self._wire()
-        wire.refuse()
-        try:
-            yield
-        finally:
-            wire.mend()
-
-    @contextmanager
     def hold(self) -> Iterator[None]:
         """What one worker sends to a node gets there late, or never."""
         wire = self._wire()
@@ -94,20 +85,10 @@ class NodeFaults:
             wire.mend()
 
     @contextmanager
-    def reset(self) -> Iterator[None]:
-        """One worker's connections to a node are reset."""
+    def broken(self, how: Callable[[Proxy], None]) -> Iterator[None]:
+        """One worker's wire to a node is broken like this."""
         wire = self._wire()
-        wire.reset()
-        try:
-            yield
-        finally:
-            wire.mend()
-
-    @contextmanager
-    def drip(self) -> Iterator[None]:
-        """A node's answers to one worker are never complete."""
-        wire = self._wire()
-        wire.drip()
+        how(wire)
         try:
             yield
         finally:
