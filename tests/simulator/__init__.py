@@ -11,7 +11,9 @@ replays exactly.
 * ``history``: what was asked and acknowledged, and what may therefore never be seen.
 * ``hearing``: what a request may not have heard of yet, where a promise says so.
 * ``rollout``: which keys and nodes are rolled out, and what that puts at risk.
+* ``actions``: what an operator, or bad luck, does.
 * ``plan``: what one seed does: requests and faults, as data that can be shrunk.
+* ``more``: classes about time, SQL, settings and placement; what befalls all.
 * ``scenario``: one plan carried out.
 * ``upkeep``: what happens to all at once in it.
 * ``mutations``: the protocol's rules, switched off one at a time.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-from flask_resilient_session.errors import SqlUnavailable
+from flask_resilient_session.errors import SqlBusy, SqlUnavailable
 from flask_resilient_session.node import NodeFault
 from flask_resilient_session.rows import Row
 from flask_resilient_session.wire import (
@@ -58,6 +58,8 @@ class Server:
         self.cut: set[int] = set()
         self.lossy = 0.0
         self.full = False
+        #: Step at which it last refused a write.
+        self.refused_step = -1
         #: All that it ever held, by key.
         self.held: dict[str, list[bytes]] = {}
         self._next_cas = 1
@@ -122,7 +124,7 @@ class Server:
     def find(self, key: str) -> Item | None:
         """The item, unless its time is over."""
         item = self.items.get(key)
-        if item is not None and item.expires_ms <= self.world.wall_ms:
+        if item is not None and item.expires_ms <= self.world.now_ms:
             del self.items[key]
             return None
         return item
@@ -144,8 +146,9 @@ class Server:
         if self.full:
             if isinstance(request, Set):
                 self.items.pop(request.key, None)
+            self.refused_step = self.world.step
             return Ack.REFUSED
-        expires_ms = self.world.wall_ms + request.exptime * 1000
+        expires_ms = self.world.now_ms + request.exptime * 1000
         self._store(request.key, request.data, expires_ms)
         return Ack.STORED
 
@@ -219,7 +222,7 @@ class Exchange:
 
     def _time_out(self) -> None:
         world = self.node.world
-        world.spend(max(self.deadline - world.mono, 0.001))
+        world.spend(max(self.deadline - world.now, 0.001))
         self._fail("no answer in time", refused=False)
 
     def _fail(self, reason: str, *, refused: bool) -> None:
@@ -371,8 +374,10 @@ class Database:
 
     :ivar down: it answers nobody.
     :ivar lossy: chance that a statement goes wrong in some way.
+    :ivar busy: chance that a worker has no connection to spare.
+    :ivar behind: reads are answered from what it held at an earlier moment.
     :ivar on_insert: told of each row that appears, and whether it is live.
-    :ivar on_fault: told of each statement that goes wrong.
+    :ivar on_fault: told of each statement that goes wrong, and whose it was.
     """
 
     def __init__(self, world: World) -> None:
@@ -380,19 +385,50 @@ class Database:
         self.rows: dict[str, Row] = {}
         #: All live records that it ever held, by key.
         self.held: dict[str, list[bytes]] = {}
+        #: Keys that it ever held a tombstone of.
+        self.buried: set[str] = set()
         self.down = False
         self.lossy = 0.0
+        self.busy = 0.0
+        self.behind: dict[str, Row] | None = None
         self.on_insert: Callable[[str, bool], None] = lambda key, live: None
-        self.on_fault: Callable[[], None] = lambda: None
+        self.on_fault: Callable[[int], None] = lambda worker: None
+        #: Step at which a call of this worker last went wrong.
+        self.failed: dict[int, int] = {}
+        self._away: dict[str, Row] = {}
+
+    def forget(self, keys: Sequence[str]) -> None:
+        """Rows are not there, as in a table that is still being restored."""
+        for key in keys:
+            self._away[key] = self.rows.pop(key)
+
+    def remember(self) -> None:
+        """They are there again, but for those that were written meanwhile."""
+        for key, row in self._away.items():
+            self.rows.setdefault(key, row)
+        self._away.clear()
+
+    def lag(self) -> None:
+        """From now on reads show what it holds now."""
+        self.behind = dict(self.rows)
 
     def heal(self) -> None:
-        """No fault from now on."""
+        """No fault from now on; rows that are not there are another matter."""
         self.down = False
         self.lossy = 0.0
+        self.busy = 0.0
+        self.behind = None
 
     def state(self) -> str:
         """Its faults in words."""
-        return "down" if self.down else "lossy" if self.lossy else "ok"
+        words = [
+            "down" if self.down else "",
+            "lossy" if self.lossy else "",
+            "busy" if self.busy else "",
+            "" if self.behind is None else "behind",
+            "without some rows" if self._away else "",
+        ]
+        return " ".join(word for word in words if word) or "ok"
 
     # --- statements --------------------------------------------------------------
 
@@ -421,6 +457,8 @@ class Database:
     def _hold(self, row: Row) -> None:
         if row.record is not None:
             self.held.setdefault(row.session_key, []).append(row.record)
+        if row.revoked_at is not None:
+            self.buried.add(row.session_key)
 
     def kill(self, tombstone: Row) -> bool:
         """UPDATE of a live row of any version into a tombstone."""
@@ -430,6 +468,7 @@ class Database:
         self.rows[tombstone.session_key] = dataclasses.replace(
             tombstone, created_at=found.created_at, version=found.version + 1
         )
+        self.buried.add(tombstone.session_key)
         return True
 
     def move(self, tombstone: Row, new: Row, seen_version: int | None) -> bool:
@@ -472,9 +511,12 @@ class FakeSql:
     def read(self, session_key: str, deadline: float) -> Row | None:
         """The row."""
         database = self._database
-        return self._call(
-            "read", session_key, deadline, lambda: database.rows.get(session_key)
-        )
+
+        def find() -> Row | None:
+            rows = database.rows if database.behind is None else database.behind
+            return rows.get(session_key)
+
+        return self._call("read", session_key, deadline, find)
 
     def insert(self, row: Row, deadline: float) -> bool:
         """Insert unless one stands there."""
@@ -589,18 +631,21 @@ class FakeSql:
     ) -> _Result:
         world, database = self._world, self._database
         world.pause()
-        fault = ""
-        if world.mono >= deadline:
-            fault = "no time left"
+        fault: SqlUnavailable | None = None
+        if world.now >= deadline:
+            fault = SqlBusy("no time left")
         elif database.down:
-            world.spend(SQL_TIMEOUT)
-            fault = "down"
+            world.spend(min(SQL_TIMEOUT, deadline - world.now))
+            fault = SqlUnavailable("down")
+        elif database.busy and world.rng.random() < database.busy:
+            world.spend(min(SQL_TIMEOUT, deadline - world.now))
+            fault = SqlBusy("busy")
         elif database.lossy and world.rng.random() < database.lossy:
-            fault = self._go_wrong(what, key, apply)
-        if fault:
-            database.on_fault()
+            fault = SqlUnavailable(self._go_wrong(what, key, apply))
+        if fault is not None:
+            database.on_fault(self._worker)
             world.log("      w{} sql {} {} -> {}", self._worker, what, key[:6], fault)
-            raise SqlUnavailable(fault)
+            raise fault
         result = apply()
         if world.trace is not None and key[:6] != "000000":
             shown = f"v{result.version}" if isinstance(result, Row) else result
@@ -612,8 +657,11 @@ class FakeSql:
         kind = self._world.rng.randrange(3)
         if kind == 0:
             return "lost"
+        self._world.spend(SQL_TIMEOUT)
         if kind == 1:
             apply()
+            # What was committed may be seen by others before anybody is told.
+            self._world.pause()
             return "applied, unanswered"
         if not what.startswith(("read", "page", "delete")):
             self._world.later(f"sql {what} {key[:6]}", lambda: _ignore(apply()))

@@ -17,11 +17,15 @@ from .world import World
 
 
 class Moment(NamedTuple):
-    """Who was told something, and when."""
+    """Who was told something, and when.
+
+    :ivar blind: it reached none of the session's homes.
+    """
 
     process: int
     mono: float
     wall_ms: int
+    blind: bool = False
 
 
 class Excuse(NamedTuple):
@@ -89,10 +93,10 @@ class Hearing:
         self._moments: dict[int, Moment] = {}
         self._gone: dict[tuple[str, int], int] = {}
 
-    def note(self, process: int) -> None:
+    def note(self, process: int, *, blind: bool = False) -> None:
         """A request of this process is told something now."""
         world = self._world
-        self._moments[world.step] = Moment(process, world.mono, world.wall_ms)
+        self._moments[world.step] = Moment(process, world.now, world.now_ms, blind)
 
     def note_gone(self, name: str, process: int) -> None:
         """What it is told is that a session was ended."""

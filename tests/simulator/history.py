@@ -7,8 +7,9 @@ looks into the protocol.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from flask_resilient_session.config import Timing
 from flask_resilient_session.replication import Gone, Live
@@ -21,6 +22,16 @@ NEVER = 1 << 60
 
 #: Milliseconds that one request may take.
 IN_FLIGHT_MS = 60_000
+
+
+def early_ms(timing: Timing) -> int:
+    """How much sooner than its idle lifetime says a session may end."""
+    return timing.refresh_ms + timing.sync_ms
+
+
+def late_ms(timing: Timing) -> int:
+    """How much later it may end."""
+    return 0
 
 
 class Violation(AssertionError):
@@ -74,13 +85,23 @@ class _Register:
     seen: list[_Seen] = field(default_factory=list)
 
 
+class Use(NamedTuple):
+    """An acknowledged request.
+
+    :ivar start_ms: true time at which it began.
+    :ivar synced_ms: what was acknowledged by then is in SQL; 0 where SQL was in doubt.
+    """
+
+    start_ms: int
+    synced_ms: int
+
+
 @dataclass(slots=True)
 class Line:
     """The data of a session through all its ids."""
 
     registers: dict[str, _Register] = field(default_factory=dict)
-    #: True times at which acknowledged requests began.
-    uses: list[int] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
 
     def register(self, key: str) -> _Register:
         """The key's register."""
@@ -101,6 +122,7 @@ class Session:
     :ivar logout_asked: a request began to end it, not to move it.
     :ivar weak: its creation may have been lost with the memory of all nodes.
     :ivar untold: who ended it could tell neither home.
+    :ivar row_away: SQL has forgotten its row for a while.
     :ivar touched_ms: true time at which the last request for it was under way.
     """
 
@@ -116,6 +138,7 @@ class Session:
     logout_asked: bool = False
     weak: bool = False
     untold: bool = False
+    row_away: bool = False
     #: When acknowledged requests were told so, and true times at which they began.
     uses: list[tuple[int, int]] = field(default_factory=list)
 
@@ -128,19 +151,32 @@ class Session:
 class History:
     """Everything that was acknowledged, checked at every read.
 
-    :param skew_ms: how far two clocks may differ.
+    :param timing: what all workers go by.
+    :ivar skew_ms: how far two clocks may differ, or have.
+    :ivar longest_ms: what the longest request took.
     """
 
-    def __init__(self, world: World, timing: Timing, skew_ms: int) -> None:
+    def __init__(self, world: World, timing: Timing, skews: Iterable[int]) -> None:
         self.world = world
         self.timing = timing
-        self.skew_ms = skew_ms
+        self._skews = set(skews)
+        self.skew_ms = max(self._skews) - min(self._skews)
+        self.longest_ms = 0
         self.sessions: list[Session] = []
         #: A statement went wrong, and not every worker knows yet that SQL is well.
         self.sql_in_doubt = False
-        self._had_row: set[str] = set()
+        self._rows: dict[str, int] = {}
         self._lost_ms = -1
         self._lost_step = -1
+
+    def clock_steps(self, skew_ms: int) -> None:
+        """A worker's clock is off by this from now on."""
+        self._skews.add(skew_ms)
+        self.skew_ms = max(self._skews) - min(self._skews)
+
+    def took(self, start_ms: int) -> None:
+        """A request that began then is over."""
+        self.longest_ms = max(self.longest_ms, self.world.now_ms - start_ms)
 
     # --- writes ------------------------------------------------------------------
 
@@ -161,10 +197,8 @@ class History:
                 # It was under way when all memory was lost, or during a move.
                 continue
             write.end = self.world.step
-            write.end_ms = self.world.wall_ms
-            # A due sync is put off where SQL does not answer, or is skipped.
-            in_step = self.timing.sync_ms == 0 and not self.sql_in_doubt
-            write.durable = durable or in_step
+            write.end_ms = self.world.now_ms
+            write.durable = durable
 
     def born(
         self, key: str, line: Line, *, start: int, start_ms: int, durable: bool
@@ -176,7 +210,7 @@ class History:
             line,
             world.step,
             start_ms,
-            world.wall_ms,
+            world.now_ms,
             durable,
         )
         session.uses.append((world.step, start_ms))
@@ -184,11 +218,18 @@ class History:
         self.sessions.append(session)
         return session
 
-    def used(self, session: Session, start_ms: int) -> None:
-        """A request that used the session was acknowledged."""
+    def used(self, session: Session, start_ms: int, sync_ms: int | None) -> None:
+        """A request that used the session was acknowledged.
+
+        :param sync_ms: its worker's sync interval; None where SQL was in doubt.
+        """
         session.uses.append((self.world.step, start_ms))
-        session.touched_ms = self.world.wall_ms
-        session.line.uses.append(start_ms)
+        session.touched_ms = self.world.now_ms
+        # What was acknowledged before another one's sync may have come too late for it,
+        # by as much as that request took.
+        wait_ms = self.skew_ms + self.longest_ms
+        synced_ms = 0 if sync_ms is None else start_ms - sync_ms - wait_ms
+        session.line.uses.append(Use(start_ms, synced_ms))
 
     def memory_lost(self) -> None:
         """All nodes are empty: what SQL need not have is not promised any more."""
@@ -199,21 +240,23 @@ class History:
 
     def no_row_needed(self, session: Session) -> None:
         """Without a row it may be lost with its copies, if it never came back."""
-        uses = session.line.uses
-        if not session.durable and not any(use > session.born_ms + 1 for use in uses):
+        came_back = any(
+            use.synced_ms and use.start_ms > session.born_ms + 1
+            for use in session.line.uses
+        )
+        if not session.durable and not came_back:
             session.weak = True
 
     def row_is_left(self, session: Session) -> None:
         """What SQL need not have of a session is not promised any more."""
-        wait_ms = self.timing.sync_ms + 2 * self.skew_ms + IN_FLIGHT_MS
         line = session.line
         self.no_row_needed(session)
-        last = max(line.uses, default=0)
+        last_ms = max((use.synced_ms for use in line.uses), default=0)
         for register in line.registers.values():
             for write in register.writes:
                 if write.end == NEVER or write.start < 0 or write.durable:
                     continue
-                if last >= write.end_ms + wait_ms:
+                if last_ms >= write.end_ms:
                     write.durable = True
                 else:
                     write.end = NEVER
@@ -254,12 +297,15 @@ class History:
                 "G4",
                 f"{name} was gone at {session.seen_gone} and came back at {start}",
             )
-        if session.ended < start:
-            # What it misses goes on under another id, which its process may know.
-            return
         payload = live.record.payload()
         for key, register in session.line.registers.items():
-            self._check_key(session, register, payload.get(key), start, reader)
+            value = payload.get(key)
+            if session.ended >= start:
+                self._check_key(session, register, value, start, reader)
+            elif not any(write.value == value for write in register.writes):
+                # What else it misses goes on under another id, which its process
+                # may know.
+                raise Violation("G9", f"{name} ended with {value!r}, never written")
         unknown = payload.keys() - session.line.registers.keys()
         if unknown:
             raise Violation("G6", f"{name} holds {sorted(unknown)}, which nobody wrote")
@@ -316,20 +362,37 @@ class History:
                 )
         return None
 
-    def check_gone(self, session: Session, gone: Gone, start: int) -> None:
-        """A read that began at ``start`` was told that there is no session."""
+    def check_gone(
+        self,
+        session: Session,
+        gone: Gone,
+        start: int,
+        was_ended: Callable[[], bool],
+    ) -> str:
+        """A read that began at ``start`` was told that there is no session.
+
+        :param was_ended: whether a tombstone of it was ever put anywhere.
+        :returns: why that is so.
+        """
+        if session.weak or (session.row_away and gone.reason == "missing"):
+            return "lost"
+        over = self.may_be_over(session, start)
+        if gone.reason in ("ended", "moved"):
+            asked = session.end_asked != NEVER
+            allowed = over or (asked and was_ended())
+        else:
+            # SQL keeps a tombstone for as long as the session could have lived.
+            allowed = over
         # A move that is not yet acknowledged may show at one place before another.
-        final = gone.reason in ("ended", "missing") or session.ended < NEVER
-        if final and not session.weak:
+        if gone.reason in ("ended", "missing") or session.ended < NEVER:
             session.seen_gone = min(session.seen_gone, self.world.step)
-        if session.end_asked != NEVER or session.weak:
-            return
-        if self.may_be_over(session, start):
-            return
-        raise Violation(
-            "G1",
-            f"{session.name} is gone ({gone.reason}) at {start}, and nobody ended it",
-        )
+        if not allowed:
+            raise Violation(
+                "G1",
+                f"{session.name} is gone ({gone.reason}) at {start},"
+                " and nobody ended it",
+            )
+        return "over" if over else "ended"
 
     # --- time --------------------------------------------------------------------
 
@@ -337,23 +400,32 @@ class History:
         """Whether its time may be over by somebody's clock, as known at this step."""
         # A use that was acknowledged later may not have been seen.
         used_ms = max(used for step, used in session.uses if step < start)
-        timing, now_ms = self.timing, self.world.wall_ms
-        late_ms = timing.refresh_ms + timing.sync_ms + 2 * self.skew_ms + IN_FLIGHT_MS
-        over = now_ms >= used_ms + timing.lifetime_ms - late_ms
+        timing, now_ms = self.timing, self.world.now_ms
+        over = now_ms >= used_ms + timing.lifetime_ms - early_ms(timing) - self.skew_ms
         if timing.absolute_ms is not None:
-            over = over or now_ms >= session.born_ms + timing.absolute_ms - late_ms
+            until_ms = session.born_ms + timing.absolute_ms
+            over = over or now_ms >= until_ms - self.skew_ms
         return over
 
     def check_time(self, session: Session, started_ms: int) -> None:
         """A read that began at this time found the session: was it still alive?"""
-        until_ms = session.touched_ms + self.timing.lifetime_ms
-        if started_ms > until_ms + 2 * self.skew_ms + IN_FLIGHT_MS:
+        timing = self.timing
+        until_ms = session.touched_ms + timing.lifetime_ms + late_ms(timing)
+        if started_ms > until_ms + self.skew_ms + self.longest_ms:
             raise Violation("G16", f"{session.name} was served after its idle lifetime")
+        if timing.absolute_ms is not None:
+            until_ms = session.born_ms + timing.absolute_ms
+            if started_ms > until_ms + self.skew_ms + self.longest_ms:
+                raise Violation("G16", f"{session.name} outlived its absolute lifetime")
 
     def row_appears(self, key: str, *, live: bool) -> None:
         """A row was inserted."""
         # A live one may appear after a logout that only the homes know of: its
         # tombstones carry a debt, which the next reader pays.
-        if live and key in self._had_row:
+        if live and key in self._rows:
             raise Violation("G5", f"a second row appears for {key[:6]}")
-        self._had_row.add(key)
+        self._rows.setdefault(key, self.world.step)
+
+    def row_step(self, key: str) -> int:
+        """The step at which a session got its row."""
+        return self._rows.get(key, NEVER)

@@ -8,13 +8,20 @@ from random import Random
 
 from flask_resilient_session.config import Timing
 
-MINUTE = 60_000
-HOUR = 60 * MINUTE
-DAY = 24 * HOUR
-
-NODES = ("a", "b", "c")
-PAIR = ("a", "b")
-WORKERS = 3
+from . import more
+from .actions import (
+    DAY,
+    HOUR,
+    MINUTE,
+    NODE_FAULTS,
+    NODES,
+    PAIR,
+    WORKERS,
+    Action,
+    jump,
+    node_period,
+    sleep,
+)
 
 #: What a request does, and how often.
 _REQUESTS = {
@@ -54,34 +61,15 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Action:
-    """One thing that the operator, or bad luck, does.
-
-    :ivar pinned: without it the fault assumption would not hold.
-    """
-
-    what: str
-    node: str = ""
-    worker: int = 0
-    amount: int = 0
-    pinned: bool = False
-
-    def __str__(self) -> str:
-        words = [self.what, self.node]
-        if self.what in ("cut", "roll", "reap"):
-            words.append(f"w{self.worker}")
-        if self.amount:
-            words.append(str(self.amount))
-        return " ".join(word for word in words if word)
-
-
-@dataclass(frozen=True)
 class Plan:
     """One schedule, but for the order in which its tasks go on.
 
     :ivar order: seed of that order.
     :ivar trust: seconds for which a copy is trusted while its other home is down.
     :ivar nodes: those that the workers begin with.
+    :ivar timings: the workers' own, where they differ.
+    :ivar layout: which zones and weights the nodes have; see ``more.LAYOUTS``.
+    :ivar holds_back: milliseconds for which late packets may be held back.
     """
 
     kind: str
@@ -95,6 +83,18 @@ class Plan:
     actions: tuple[Action, ...]
     trust: float = 0
     nodes: tuple[str, ...] = NODES
+    timings: tuple[Timing, ...] = ()
+    layout: int = 0
+    holds_back: tuple[int, ...] = (0,)
+
+    def timing_of(self, worker: int) -> Timing:
+        """The durations that a worker goes by."""
+        return self.timings[worker] if self.timings else self.timing
+
+    @property
+    def longest_sync_ms(self) -> int:
+        """The longest sync interval of any worker."""
+        return max(timing.sync_ms for timing in (self.timing, *self.timings))
 
 
 def make_plan(kind: str, seed: int) -> Plan:
@@ -124,10 +124,10 @@ def make_plan(kind: str, seed: int) -> Plan:
         marker_limit=rng.choice((0, 1, 256)),
         slots=slots,
         requests=requests,
-        actions=tuple(CLASSES[kind](rng)),
+        actions=tuple((CLASSES | EDGES)[kind](rng)),
     )
     adjust = _ADJUSTED.get(kind)
-    return plan if adjust is None else adjust(plan, rng)
+    return more.befall(plan if adjust is None else adjust(plan, rng))
 
 
 def _timing(rng: Random) -> Timing:
@@ -151,52 +151,11 @@ def _skews(rng: Random, kind: str) -> tuple[int, ...]:
 # --- classes ---------------------------------------------------------------------
 
 
-def _sleep(rng: Random, most: int = 40) -> Action:
-    return Action("sleep", amount=rng.randint(1, most))
-
-
-def _jump(rng: Random) -> Action:
-    return Action("jump", amount=rng.choice((1000, 2 * MINUTE, 6 * MINUTE, HOUR)))
-
-
 def _nothing(rng: Random) -> list[Action]:
     """No faults: time goes on."""
     actions = []
     for _ in range(rng.randint(0, 3)):
-        actions += [_sleep(rng, 60), _jump(rng)]
-    return actions
-
-
-_NODE_FAULTS = (
-    "crash",
-    "restart",
-    "evict",
-    "cut",
-    "cut",
-    "hang",
-    "lossy",
-    "lossy",
-    "full",
-    "corrupt",
-    "start",
-)
-
-
-def _node_period(
-    rng: Random, node: str, faults: tuple[str, ...], others: tuple[str, ...] = ()
-) -> list[Action]:
-    """One node fails in several ways, heals, and every session is read."""
-    actions = [_sleep(rng)]
-    for _ in range(rng.randint(1, 4)):
-        fault = Action(rng.choice(faults), node, worker=rng.randrange(WORKERS))
-        actions += [fault, _sleep(rng)]
-        if others and rng.random() < 0.7:
-            actions += [Action(rng.choice(others)), _sleep(rng)]
-        if rng.random() < 0.2:
-            actions.append(_jump(rng))
-    if rng.random() < 0.5:
-        actions += [Action("heal", node), _sleep(rng)]
-    actions.append(Action("settle", node, pinned=True))
+        actions += [sleep(rng, 60), jump(rng)]
     return actions
 
 
@@ -204,7 +163,7 @@ def _one_node(rng: Random) -> list[Action]:
     """One faulty node at a time."""
     actions = []
     for _ in range(rng.randint(1, 3)):
-        actions += _node_period(rng, rng.choice(NODES), _NODE_FAULTS)
+        actions += node_period(rng, rng.choice(NODES), NODE_FAULTS)
     return actions
 
 
@@ -214,8 +173,8 @@ def _one_node_and_sql(rng: Random) -> list[Action]:
     others = ("sql down", "sql up", "sql lossy")
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.5:
-            actions += [Action(rng.choice(others)), _sleep(rng)]
-        actions += _node_period(rng, rng.choice(NODES), _NODE_FAULTS, others)
+            actions += [Action(rng.choice(others)), sleep(rng)]
+        actions += node_period(rng, rng.choice(NODES), NODE_FAULTS, others)
     return actions
 
 
@@ -225,8 +184,8 @@ def _zombie(rng: Random) -> list[Action]:
     faults = ("zombie", "zombie", "cut", "crash", "snapshot")
     for _ in range(rng.randint(1, 3)):
         node = rng.choice(NODES)
-        actions += [_sleep(rng), Action("snapshot", node)]
-        actions += _node_period(rng, node, faults)
+        actions += [sleep(rng), Action("snapshot", node)]
+        actions += node_period(rng, node, faults)
     return actions
 
 
@@ -235,8 +194,8 @@ def _memory(rng: Random) -> list[Action]:
     actions = []
     for _ in range(rng.randint(1, 3)):
         if rng.random() < 0.7:
-            actions += [_sleep(rng), _jump(rng)]
-        actions += [_sleep(rng), Action("lose memory")]
+            actions += [sleep(rng), jump(rng)]
+        actions += [sleep(rng), Action("lose memory")]
     return actions
 
 
@@ -244,10 +203,10 @@ def _full(rng: Random) -> list[Action]:
     """Nodes refuse writes, all at once too, with SQL up."""
     actions = []
     for _ in range(rng.randint(1, 3)):
-        actions += [_sleep(rng), Action("full", rng.choice((*NODES, "all", "all")))]
+        actions += [sleep(rng), Action("full", rng.choice((*NODES, "all", "all")))]
         if rng.random() < 0.3:
-            actions.append(_jump(rng))
-        actions += [_sleep(rng, rng.choice((5, 40))), Action("heal", "all")]
+            actions.append(jump(rng))
+        actions += [sleep(rng, rng.choice((5, 40))), Action("heal", "all")]
     actions.append(Action("settle", pinned=True))
     return actions
 
@@ -259,11 +218,11 @@ def _ring(rng: Random) -> list[Action]:
         actions.append(Action("add or remove", rng.choice((*NODES, "d", "d", "d"))))
         for worker in rng.sample(range(WORKERS), WORKERS):
             actions += [
-                _sleep(rng),
+                sleep(rng),
                 Action("roll", worker=worker, pinned=True),
             ]
             if rng.random() < 0.2:
-                actions.append(_jump(rng))
+                actions.append(jump(rng))
         actions.append(Action("settle", pinned=True))
     return actions
 
@@ -276,15 +235,15 @@ def _reaper(rng: Random) -> list[Action]:
         jump = days * DAY + rng.choice((-2, 0, 1, 2)) * HOUR
         if rng.random() < 0.3:
             # Uses that SQL does not hear of.
-            actions += [_sleep(rng, 30), Action("sql down")]
-            actions += [_sleep(rng, 10), Action("jump", amount=3 * DAY)]
-            actions += [_sleep(rng), Action("sql up", pinned=True)]
-        actions += [_sleep(rng, 30), Action("jump", amount=jump)]
+            actions += [sleep(rng, 30), Action("sql down")]
+            actions += [sleep(rng, 10), Action("jump", amount=3 * DAY)]
+            actions += [sleep(rng), Action("sql up", pinned=True)]
+        actions += [sleep(rng, 30), Action("jump", amount=jump)]
         for _ in range(rng.randint(1, 2)):
             actions.append(Action("reap", worker=rng.randrange(WORKERS)))
         if rng.random() < 0.4:
             node = rng.choice(NODES)
-            actions += _node_period(rng, node, ("crash", "restart", "cut", "evict"))
+            actions += node_period(rng, node, ("crash", "restart", "cut", "evict"))
     return actions
 
 
@@ -296,19 +255,19 @@ def _stand_in(rng: Random) -> list[Action]:
         fault = Action(
             rng.choice(("crash", "crash", "hang", "cut")), home, rng.randrange(WORKERS)
         )
-        actions += [_sleep(rng), fault]
+        actions += [sleep(rng), fault]
         for _ in range(rng.randint(2, 8)):
-            actions.append(_sleep(rng, 60))
+            actions.append(sleep(rng, 60))
             chance = rng.random()
             if chance < 0.5:
-                what = rng.choice((*_NODE_FAULTS, "snapshot", "zombie", "heal"))
+                what = rng.choice((*NODE_FAULTS, "snapshot", "zombie", "heal"))
                 actions.append(Action(what, "c", rng.randrange(WORKERS)))
             elif chance < 0.8:
-                what = rng.choice(_NODE_FAULTS)
+                what = rng.choice(NODE_FAULTS)
                 actions.append(Action(what, home, rng.randrange(WORKERS)))
             else:
-                actions.append(_jump(rng))
-        actions += [_sleep(rng), Action("settle", home, pinned=True)]
+                actions.append(jump(rng))
+        actions += [sleep(rng), Action("settle", home, pinned=True)]
     return actions
 
 
@@ -322,10 +281,10 @@ def _stand_in_and_full(rng: Random) -> list[Action]:
     for _ in range(rng.randint(1, 2)):
         silent, full = rng.sample(("a", "b"), 2)
         what, worker = rng.choice(("hang", "cut", "cut")), rng.randrange(WORKERS)
-        actions += [_sleep(rng), Action(what, silent, worker)]
-        actions += [_sleep(rng, 80), Action("full", full)]
-        actions += [_sleep(rng, 60), Action("heal", silent)]
-        actions += [_sleep(rng, 60), Action("heal quietly", full), _sleep(rng)]
+        actions += [sleep(rng), Action(what, silent, worker)]
+        actions += [sleep(rng, 80), Action("full", full)]
+        actions += [sleep(rng, 60), Action("heal", silent)]
+        actions += [sleep(rng, 60), Action("heal quietly", full), sleep(rng)]
         actions.append(Action("settle", silent, pinned=True))
     return actions
 
@@ -334,9 +293,9 @@ def _split(rng: Random) -> list[Action]:
     """Every worker is cut off from one node at most, not all from the same."""
     actions = []
     for _ in range(rng.randint(2, 6)):
-        actions += [Action("split"), _sleep(rng, 60)]
+        actions += [Action("split"), sleep(rng, 60)]
         if rng.random() < 0.3:
-            actions.append(_jump(rng))
+            actions.append(jump(rng))
     return [*actions, Action("settle", pinned=True)]
 
 
@@ -345,10 +304,10 @@ def _long(rng: Random) -> list[Action]:
     actions = []
     for _ in range(rng.randint(1, 4)):
         days = rng.choice((1, 5, 27, 29, 31, 31, 33, 45, 59, 61))
-        actions += [_sleep(rng, 30), Action("days", amount=days, pinned=True)]
+        actions += [sleep(rng, 30), Action("days", amount=days, pinned=True)]
         if rng.random() < 0.4:
             node = rng.choice(NODES)
-            actions += _node_period(rng, node, ("crash", "restart", "cut", "evict"))
+            actions += node_period(rng, node, ("crash", "restart", "cut", "evict"))
     return actions
 
 
@@ -362,14 +321,14 @@ def _rolled(rng: Random, faults: float, nodes: Sequence[str] = NODES) -> list[Ac
     for worker in rng.sample(range(WORKERS), WORKERS):
         roll = Action("roll", worker=worker, pinned=True)
         if rng.random() < faults:
-            period = _node_period(rng, rng.choice(nodes), _NODE_FAULTS)
+            period = node_period(rng, rng.choice(nodes), NODE_FAULTS)
             # Somewhere in it: before, while or after the node fails.
             period.insert(rng.randrange(len(period)), roll)
             actions += period
         else:
-            actions += [_sleep(rng), roll]
+            actions += [sleep(rng), roll]
         if rng.random() < 0.2:
-            actions.append(_jump(rng))
+            actions.append(jump(rng))
     return actions
 
 
@@ -380,14 +339,14 @@ def _rotation(rng: Random) -> list[Action]:
     """
     actions = []
     for _ in range(rng.randint(1, 2)):
-        actions += [_sleep(rng), Action("announce", pinned=True)]
+        actions += [sleep(rng), Action("announce", pinned=True)]
         actions += _rolled(rng, 0.3)
         actions += [Action("settle", pinned=True), Action("rotate", pinned=True)]
         actions += _rolled(rng, 0.5)
-        actions += [_sleep(rng), Action("settle", pinned=True)]
+        actions += [sleep(rng), Action("settle", pinned=True)]
         if rng.random() < 0.6:
             # The old key goes once every session was written under the new one.
-            actions += [_sleep(rng), Action("renew", pinned=True)]
+            actions += [sleep(rng), Action("renew", pinned=True)]
             actions.append(Action("drop", pinned=True))
             actions += _rolled(rng, 0.5)
             actions.append(Action("settle", pinned=True))
@@ -420,11 +379,11 @@ def _cuts(rng: Random, others: tuple[str, ...] = ()) -> list[Action]:
     nodes = rng.sample(PAIR, 2)
     cut = [nodes[0], nodes[1], rng.choice(nodes)]
     rng.shuffle(cut)
-    actions = [_sleep(rng, 20)]
+    actions = [sleep(rng, 20)]
     for worker in rng.sample(range(WORKERS), WORKERS):
         actions.append(Action("cut", cut[worker], worker=worker))
     for _ in range(rng.randint(2, 6)):
-        actions.append(_sleep(rng))
+        actions.append(sleep(rng))
         if others and rng.random() < 0.6:
             actions.append(Action(rng.choice(others), rng.choice(nodes)))
         elif rng.random() < 0.3:
@@ -450,12 +409,12 @@ def _trust_and_two(rng: Random) -> list[Action]:
     if rng.random() < 0.4:
         return _with_passes(rng, _cuts(rng, ("evict", "restart")))
     first, second = rng.sample(PAIR, 2)
-    actions = [_sleep(rng, 20), Action("snapshot", second), _sleep(rng, 20)]
-    actions += [Action("crash", first, pinned=True), _sleep(rng)]
+    actions = [sleep(rng, 20), Action("snapshot", second), sleep(rng, 20)]
+    actions += [Action("crash", first, pinned=True), sleep(rng)]
     faults = ("cut", "hang", "lossy", "full", "evict", "zombie", "snapshot")
     for _ in range(rng.randint(0, 2)):
-        actions += [Action("lossy", second), _sleep(rng, 60)]
-    actions += _node_period(rng, second, faults)
+        actions += [Action("lossy", second), sleep(rng, 60)]
+    actions += node_period(rng, second, faults)
     return _with_passes(rng, actions)
 
 
@@ -513,17 +472,22 @@ CLASSES: dict[str, Callable[[Random], list[Action]]] = {
     "ring+node": _ring_and_node,
     "trust": _trust,
     "trust+two": _trust_and_two,
+    **more.MORE,
 }
+
+#: Those in which promises are broken, as docs/guarantees.rst says.
+EDGES = more.EDGES
 
 #: What else is special about a class.
 _ADJUSTED: dict[str, Callable[[Plan, Random], Plan]] = {
     "long": _with_long_life,
     "trust": _with_trust,
     "trust+two": _with_trust_and_sql,
+    **more.ADJUSTED,
 }
 
 #: Classes in which every session lives on a and b, so that c stands in for both.
-ON_TWO = ("stand-in", "stand-in+full", "split")
+ON_TWO = ("stand-in", "stand-in+full", "split", *more.ON_TWO)
 
 
 # --- shrinking -------------------------------------------------------------------

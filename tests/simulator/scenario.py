@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from random import Random
+from typing import TypeAlias
 from unittest import mock
 
 from flask_resilient_session import record as record_module
@@ -20,7 +21,7 @@ from flask_resilient_session.flights import Flights
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.reaper import Reaper, ReapOptions
-from flask_resilient_session.record import Hit, Record, same_state
+from flask_resilient_session.record import Hit, Record, Tombstone, same_state
 from flask_resilient_session.replication import (
     MOVE_AT_WORK_MS,
     Gone,
@@ -34,12 +35,14 @@ from flask_resilient_session.store import Store
 from flask_resilient_session.turns import Turns
 
 from . import upkeep
+from .actions import NODES, PAIR, WORKERS, Action
 from .fakes import Database, FakeNode, FakeSql, Server
 from .hearing import Excuse, Hearing, Moment, Reader
 from .history import IN_FLIGHT_MS, NEVER, History, Line, Session, Violation
-from .plan import NODES, ON_TWO, WORKERS, Action, Plan, Request
+from .more import LAYOUTS
+from .plan import ON_TWO, Plan, Request
 from .rollout import SECRETS, Rollout, keyring
-from .world import Landing, WorkerClock, World, quiet
+from .world import Died, Landing, WorkerClock, World, quiet
 
 USER = "_user_id"
 
@@ -51,12 +54,13 @@ _SETTLE_TRIES = 8
 
 
 @lru_cache(maxsize=64)
-def _ring(names: frozenset[str]) -> Ring:
-    return Ring([RingNode(name) for name in sorted(names)], 2)
-
-
-def _homes_of(names: frozenset[str], session_key: str) -> tuple[str, ...]:
-    return _ring(names).homes(session_key)
+def _ring(names: frozenset[str], layout: int = 0) -> Ring:
+    zones = LAYOUTS[layout]
+    nodes = []
+    for name in sorted(names):
+        zone, weight = zones.get(name, (name, 1.0))
+        nodes.append(RingNode(name, weight, zone))
+    return Ring(nodes, 2)
 
 
 def _holds(
@@ -75,11 +79,24 @@ def _holds(
     return False
 
 
+def _holds_tombstone(copies: Sequence[bytes], key: str) -> bool:
+    """Whether one of the sealed copies is a tombstone."""
+    return any(
+        isinstance(_KEYRING.unseal(key, data), Tombstone) for data in reversed(copies)
+    )
+
+
+#: Of each home: exchanges that went wrong, and whether it is skipped.
+Faults: TypeAlias = tuple[tuple[int, bool], ...]
+
+
 class Worker:
     """One worker process: everything the extension would build."""
 
-    def __init__(self, run: Run, index: int, names: frozenset[str]) -> None:
-        world, clock = run.world, WorkerClock(run.world, run.plan.skews[index])
+    def __init__(
+        self, run: Run, index: int, names: frozenset[str], secrets: tuple[str, ...]
+    ) -> None:
+        world, clock = run.world, WorkerClock(run.world, run.skews[index])
         observer = Observer(self)
 
         def new_breaker() -> Breaker:
@@ -102,7 +119,8 @@ class Worker:
         self.index = index
         self.process = run.new_process()
         self.names = names
-        self.secrets = run.rollout.secrets
+        self.ring = _ring(names, run.plan.layout)
+        self.secrets = secrets
         self.keyring = keyring(self.secrets)
         self.clock = clock
         self.sql = FakeSql(run.database, index)
@@ -118,7 +136,7 @@ class Worker:
             flights=Flights(partial(Landing, world)),
         )
         self.store = Store(
-            homes=Homes(_ring(names), cluster),
+            homes=Homes(self.ring, cluster),
             durable=durable,
             max_bytes=100_000,
             clock=clock,
@@ -127,30 +145,56 @@ class Worker:
             outage_trust=run.plan.trust,
             turns=Turns(partial(Landing, world)),
         )
-        self._timing = run.plan.timing
+        self.timing = run.plan.timing_of(index)
+        self._database = run.database
 
     def access(self, session_key: str) -> Access:
         """The terms of one request."""
         deadline = self.clock.monotonic() + _BUDGET
-        return Access(session_key, self.keyring, self._timing, deadline)
+        return Access(session_key, self.keyring, self.timing, deadline)
 
-    def faults(self, session_key: str) -> int:
-        """Exchanges with the session's homes that went wrong."""
-        names = _homes_of(self.names, session_key)
-        return sum(self.nodes[name].faults for name in names)
+    def homes_of(self, session_key: str) -> tuple[str, ...]:
+        """The session's homes, as it is configured."""
+        return self.ring.homes(session_key)
+
+    def faults(self, session_key: str) -> Faults:
+        """What it has met at each of the session's homes."""
+        suspects = self.store.homes.cluster.suspects()
+        return tuple(
+            (self.nodes[name].faults, name in suspects)
+            for name in self.homes_of(session_key)
+        )
+
+    def missed_all(
+        self, session_key: str, faults: Faults, full: Sequence[bool] = ()
+    ) -> bool:
+        """Whether it missed each of the session's homes since there were these faults.
+
+        :param full: those that would have refused anyway.
+        """
+        homes, suspects = (
+            self.homes_of(session_key),
+            self.store.homes.cluster.suspects(),
+        )
+        return all(
+            name in suspects or self.nodes[name].faults > before or (full and full[i])
+            for i, (name, (before, _)) in enumerate(zip(homes, faults, strict=True))
+        )
 
     def skips(self, session_key: str) -> bool:
         """Whether it skips one of the session's homes."""
         suspects = self.store.homes.cluster.suspects()
-        return not suspects.isdisjoint(_homes_of(self.names, session_key))
+        return not suspects.isdisjoint(self.homes_of(session_key))
 
-    def reaches_none(self, session_key: str) -> bool:
-        """Whether it can tell none of the session's homes anything."""
-        suspects = self.store.homes.cluster.suspects()
-        return all(
-            name in suspects or self.nodes[name].server.full
-            for name in _homes_of(self.names, session_key)
-        )
+    def doubts_sql(self, since: int = 1 << 60) -> bool:
+        """Whether it skips SQL, or a call of its failed since this step."""
+        failed = self._database.failed.get(self.index, -1)
+        return self.store.durable._breaker.suspect or failed >= since
+
+    def reaches_none(self, session_key: str, faults: Faults) -> bool:
+        """Whether it could tell none of the session's homes anything."""
+        full = [self.nodes[n].server.full for n in self.homes_of(session_key)]
+        return all(full) or self.missed_all(session_key, faults, full)
 
 
 @dataclass
@@ -172,17 +216,25 @@ class Run:
         self.world = World(Random(plan.order), traced=traced)
         self.servers = {name: Server(name, self.world) for name in (*NODES, "d")}
         self.database = Database(self.world)
-        skew = max(plan.skews) - min(plan.skews)
-        self.history = History(self.world, plan.timing, skew)
+        self.world.holds_back = plan.holds_back
+        self.skews = list(plan.skews)
+        self.history = History(self.world, plan.timing, plan.skews)
         self.database.on_insert = lambda key, live: self.history.row_appears(
             key, live=live
         )
         self.database.on_fault = self._sql_fails
         self.names = frozenset(plan.nodes)
-        self.rollout = Rollout(self.names, _homes_of)
+        self.rollout = Rollout(
+            self.names, lambda names, key: _ring(names, plan.layout).homes(key)
+        )
         self.hearing = Hearing(self.world, NEVER)
+        #: Sessions that some request had only SQL for.
+        self.blindly: set[str] = set()
         self._processes = 0
-        self.workers = [Worker(self, index, self.names) for index in range(WORKERS)]
+        self.workers = [
+            Worker(self, index, self.names, self.rollout.secrets)
+            for index in range(WORKERS)
+        ]
         self.slots: list[Slot] = []
         self.counts: Counter[str] = Counter()
         self.active = 0
@@ -241,14 +293,28 @@ class Run:
         def run() -> None:
             for request in requests:
                 self.world.wait(lambda: not self.held)
-                self.active += 1
                 self.world.step += 1
-                self._request(request)
-                self.active -= 1
+                self._in_process(
+                    self.workers[request.worker], partial(self._request, request)
+                )
                 self.world.pause()
             self._clients -= 1
 
         return run
+
+    def _in_process(self, worker: Worker, do: Callable[[Worker], None]) -> None:
+        """What a worker process does, as long as it lives."""
+        self.active += 1
+        self.world.begin(worker.process)
+        start_ms = self.world.now_ms
+        try:
+            do(worker)
+        except Died:
+            self.world.log("  w{} dies", worker.index)
+            self.counts["died"] += 1
+        self.history.took(start_ms)
+        self.world.end()
+        self.active -= 1
 
     def _act(self, action: Action) -> None:
         world = self.world
@@ -257,10 +323,18 @@ class Run:
             until = world.step + action.amount
             world.wait(lambda: world.step >= until or not self._clients)
         elif what == "jump":
-            self._hold()
-            world.deliver_all()
-            world.wall_ms += action.amount
-            self.held = False
+            self._jump(action.amount)
+        elif what in ("rest", "due"):
+            timing = self.plan.timing
+            far_ms = timing.lifetime_ms if what == "rest" else timing.sync_ms
+            self._jump(max(far_ms + action.amount, 0))
+        elif what == "time passes":
+            world.passed.append((world.step, action.amount))
+            world.pass_time(action.amount / 1000)
+        elif what == "die":
+            self._die(action.worker)
+        elif what == "step":
+            self._step_clock(action.worker, action.amount)
         elif what == "lose memory":
             for server in self.servers.values():
                 server.restart()
@@ -293,16 +367,53 @@ class Run:
             names = self.servers if action.node == "all" else [action.node]
             for name in names:
                 self._act_on_node(what, self.servers[name], action.worker)
-                if what not in ("heal", "start", "snapshot"):
+                if what not in ("heal", "start", "snapshot", "uncut"):
                     self.rollout.fails(name)
             self._tell_risks()
 
     def _act_on_sql(self, what: str) -> None:
-        self.database.heal()
+        database = self.database
+        if what in ("sql forget", "sql remember"):
+            self._hold()
+            self.world.deliver_all()
+            if what == "sql forget":
+                keys = [key for key in database.rows if self.world.rng.random() < 0.8]
+                database.forget(keys)
+                for session in self.history.sessions:
+                    session.row_away |= session.key in keys
+            else:
+                database.remember()
+                for session in self.history.sessions:
+                    session.row_away = False
+            self.held = False
+            return
+        database.heal()
         if what == "sql down":
-            self.database.down = True
+            database.down = True
         elif what == "sql lossy":
-            self.database.lossy = 0.4
+            database.lossy = 0.4
+        elif what == "sql busy":
+            database.busy = 0.5
+        elif what == "sql behind":
+            database.lag()
+
+    def _jump(self, amount_ms: int) -> None:
+        """Time goes by between requests."""
+        self._hold()
+        self.world.deliver_all(held=False)
+        self.world.wall_ms += amount_ms
+        self.held = False
+
+    def _die(self, index: int) -> None:
+        """A worker process dies in the middle of what it does; another one begins."""
+        old = self.workers[index]
+        self.world.kill(old.process)
+        self.workers[index] = Worker(self, index, old.names, old.secrets)
+
+    def _step_clock(self, index: int, amount_ms: int) -> None:
+        self.skews[index] += amount_ms
+        self.workers[index].clock.skew_ms = self.skews[index]
+        self.history.clock_steps(self.skews[index])
 
     def _act_on_node(self, what: str, server: Server, worker: int) -> None:
         if what in ("evict", "corrupt"):
@@ -315,6 +426,10 @@ class Run:
             server.up = True
         elif what == "cut":
             server.cut ^= {worker}
+        elif what == "cut all":
+            server.cut = set(range(WORKERS))
+        elif what == "uncut":
+            server.cut.clear()
         elif what == "hang":
             server.hung = not server.hung
         elif what == "lossy":
@@ -327,7 +442,7 @@ class Run:
         worker = self.workers[index]
         now = (self.names, self.rollout.secrets)
         if (worker.names, worker.secrets) != now:
-            self.workers[index] = Worker(self, index, self.names)
+            self.workers[index] = Worker(self, index, *now)
             self.rollout.spreads(self.names)
             self._tell_risks()
 
@@ -357,7 +472,8 @@ class Run:
         if {worker.names for worker in self.workers} == {self.names}:
             self.rollout.is_over(self.names)
 
-    def _sql_fails(self) -> None:
+    def _sql_fails(self, worker: int) -> None:
+        self.database.failed[worker] = self.world.step
         self.history.sql_in_doubt = True
 
     def _split(self) -> None:
@@ -412,34 +528,41 @@ class Run:
 
     def _spawn_reaper(self, index: int) -> None:
         def run() -> None:
-            self.active += 1
-            self.reap(index)
-            self.active -= 1
+            self.world.wait(lambda: not self.held)
+            self._in_process(self.workers[index], self.reap)
 
         self.world.spawn(f"reaper of w{index}", run)
 
-    def reap(self, index: int) -> None:
+    def reap(self, worker: Worker) -> None:
         """One pass of a worker's reaper."""
-        worker = self.workers[index]
         reaper = Reaper(
             worker.sql,
             worker.store,
             keyring=worker.keyring,
-            timing=self.plan.timing,
+            timing=worker.timing,
             clock=worker.clock,
             observer=worker.observer,
         )
         report = reaper.run(ReapOptions(batch_size=2))
-        self.world.log("  reaper of w{}: {}", index, report)
+        self.world.log("  reaper of w{}: {}", worker.index, report)
         self.counts["reaped"] += report.reaped
         self.counts["renewed"] += report.renewed
 
     # --- requests ----------------------------------------------------------------
 
-    def _request(self, request: Request) -> None:
+    def _request(self, request: Request, worker: Worker) -> None:
         slot = self.slots[request.slot % len(self.slots)]
-        worker = self.workers[request.worker]
         session = slot.session
+        over = min(session.ended, session.seen_gone) < NEVER
+        if over and not request.old and self.world.rng.random() < 0.8:
+            # Who was logged out comes again, as a rule.
+            required = self.plan.slots[request.slot % len(self.plan.slots)]
+            created = self._create(worker, required=required)
+            if created is None or slot.session is not session:
+                return
+            slot.olds.append(session)
+            session = slot.session = created
+            self.world.step += 1
         if request.old and slot.olds:
             session = self.world.rng.choice(slot.olds)
         self.world.log("{} {}", request, session.name)
@@ -458,7 +581,7 @@ class Run:
 
     def _create(self, worker: Worker, *, required: bool) -> Session | None:
         world, history = self.world, self.history
-        start, start_ms = world.step, world.wall_ms
+        start, start_ms = world.step, world.now_ms
         line, key = Line(), self._new_key()
         changes: dict[str, bytes | None] = {"s": self._new_value()}
         if required:
@@ -467,7 +590,7 @@ class Run:
         try:
             worker.store.create(worker.access(key), changes, required=required)
         except SessionUnavailable as error:
-            self._refused("create", error)
+            self._refused(worker, "create", start, error)
             return None
         self.hearing.note(worker.process)
         self._check_places(worker, key, changes)
@@ -484,17 +607,18 @@ class Run:
     ) -> str | Session:
         """Load, and do what the request does; a session if it got a new id."""
         world, history = self.world, self.history
-        start, start_ms = world.step, world.wall_ms
+        start, start_ms = world.step, world.now_ms
         access = worker.access(session.key)
         reader = self._reader(worker, session)
+        faults = worker.faults(session.key)
         verdict = worker.store.load(access)
-        self.hearing.note(worker.process)
-        session.touched_ms = max(session.touched_ms, world.wall_ms)
+        self._note(worker, session.key, faults)
+        session.touched_ms = max(session.touched_ms, world.now_ms)
         if isinstance(verdict, Unknown):
-            return self._count("unavailable", "load")
+            return self._refused(worker, "load", start, None)
         if isinstance(verdict, Gone):
             self._count("gone", session.name, verdict.reason)
-            self._gone(worker, session, verdict, start)
+            self._gone(worker, session, verdict, start, faults)
             return "gone"
         self.world.log("  live {}: {}", session.name, _Shown(verdict))
         history.check_live(session, verdict, start, reader)
@@ -503,10 +627,10 @@ class Run:
             if what == "logout":
                 return self._end(worker, session, verdict)
             if what in ("regenerate", "login", "refill"):
-                return self._move(worker, session, verdict, what, access, start)
-            return self._save(worker, session, verdict, what, access, start)
+                return self._move(worker, session, verdict, what, access, start, faults)
+            return self._save(worker, session, verdict, what, access, start, faults)
         finally:
-            session.touched_ms = max(session.touched_ms, world.wall_ms)
+            session.touched_ms = max(session.touched_ms, world.now_ms)
 
     def _save(
         self,
@@ -516,48 +640,84 @@ class Run:
         what: str,
         access: Access,
         start: int,
+        faults: Faults,
     ) -> str:
-        history, start_ms = self.history, self.world.wall_ms
+        history, start_ms = self.history, self.world.now_ms
         changes = self._changes(what, live)
         required = what.startswith("sync")
         writes = history.write(session.line, changes, start)
         try:
             saved = worker.store.save(access, live, changes, required=required)
         except SessionUnavailable as error:
-            return self._refused(what, error)
+            return self._refused(worker, what, start, error)
         if isinstance(saved, Gone):
             self._count("gone", session.name, saved.reason)
-            self._gone(worker, session, saved, start)
+            self._gone(worker, session, saved, start, faults)
             return "gone"
-        self.hearing.note(worker.process)
-        if required:
+        self._note(worker, session.key, faults)
+        blind = worker.missed_all(session.key, faults)
+        if required and not blind:
             history.in_sql(session, start)
-        if session.end_asked == NEVER:
+        if session.end_asked == NEVER or not self._was_ended(session.key):
             self._check_places(worker, session.key, changes)
-        history.acknowledge(writes, durable=required)
+        in_doubt = (
+            worker.doubts_sql(start)
+            or saved.standing is Standing.UNVERIFIED
+            # What only the homes have it has not seen.
+            or blind
+        )
+        # Every change is synced, and with one home there is nothing else to rely on.
+        at_once = not worker.timing.sync_ms or len(worker.names) < len(PAIR)
+        history.acknowledge(writes, durable=required or (at_once and not in_doubt))
         self._tell_risks()
-        history.used(session, start_ms)
+        history.used(session, start_ms, None if in_doubt else worker.timing.sync_ms)
         if saved.standing is Standing.UNVERIFIED:
             return self._count("unverified", session.name)
         return self._count("live", session.name)
 
-    def _gone(self, worker: Worker, session: Session, gone: Gone, start: int) -> None:
-        self.hearing.note(worker.process)
-        self.history.check_gone(session, gone, start)
+    def _note(self, worker: Worker, key: str, faults: Faults) -> None:
+        """A request is told something now."""
+        blind = worker.missed_all(key, faults)
+        if blind:
+            self.blindly.add(key)
+        self.hearing.note(worker.process, blind=blind)
+
+    def _gone(
+        self,
+        worker: Worker,
+        session: Session,
+        gone: Gone,
+        start: int,
+        faults: Faults,
+    ) -> None:
+        self._note(worker, session.key, faults)
+        unheard = self.history.row_step(session.key) >= start
+        if (
+            gone.reason == "missing"
+            and unheard
+            and worker.missed_all(session.key, faults)
+        ):
+            # SQL has never heard of a visitor's first store, and the homes are silent.
+            self.counts["gone, unheard"] += 1
+            return
+        why = self.history.check_gone(
+            session, gone, start, lambda: self._was_ended(session.key)
+        )
+        self.counts[f"gone, {why}"] += 1
         if session.seen_gone != NEVER:
             self.hearing.note_gone(session.name, worker.process)
 
     def _reader(self, worker: Worker, session: Session) -> Reader:
         """What a request that begins now may miss."""
         world, timing, key = self.world, self.plan.timing, session.key
-        mono, wall_ms = world.mono, world.wall_ms
+        mono, wall_ms = world.now, world.now_ms
         skipped, faults = worker.skips(key), worker.faults(key)
         # In use it meets SQL at its next sync; after a rest it asks first.
-        sync_ms = timing.sync_ms or timing.refresh_ms
+        sync_ms = self.plan.longest_sync_ms or timing.refresh_ms
         sync_ms = 2 * (sync_ms + self.history.skew_ms) + IN_FLIGHT_MS
 
         def home_down() -> bool:
-            return skipped or worker.skips(key) or worker.faults(key) > faults
+            return skipped or worker.skips(key) or worker.faults(key) != faults
 
         def trusted(moment: Moment) -> bool:
             return moment.mono > mono - self.plan.trust
@@ -571,7 +731,24 @@ class Run:
         def untold() -> bool:
             return session.untold
 
-        excuses = [Excuse(at_risk, not_synced), Excuse(untold, not_synced, own=True)]
+        def blind() -> bool:
+            return worker.missed_all(key, faults)
+
+        def in_memory_only(moment: Moment) -> bool:
+            uses = session.line.uses
+            return all(use.synced_ms < moment.wall_ms for use in uses)
+
+        def told_to_sql(moment: Moment) -> bool:
+            return moment.blind and not_synced(moment)
+
+        excuses = [
+            Excuse(at_risk, not_synced),
+            Excuse(untold, not_synced, own=True),
+            # Who reaches no home goes by SQL alone, and so do the others by what it
+            # told SQL, until they sync.
+            Excuse(blind, in_memory_only, own=True),
+            Excuse(lambda: key in self.blindly, told_to_sql, own=True),
+        ]
         if self.plan.trust:
             excuses.append(Excuse(home_down, trusted))
         return self.hearing.reader(session.name, worker.process, excuses)
@@ -583,11 +760,36 @@ class Run:
         wanted = {name: value for name, value in changes.items() if value is not None}
         if not wanted or _holds(self.database.held.get(key, ()), key, wanted):
             return
-        for name in _ring(worker.names).homes(key):
+        for name in worker.homes_of(key):
             if not _holds(self.servers[name].held.get(key, ()), key, wanted):
                 raise Violation(
                     "G2", f"{key[:6]}: {wanted} is acknowledged, and not on {name}"
                 )
+
+    def _was_ended(self, key: str) -> bool:
+        """Whether a tombstone of this session was ever put anywhere."""
+        return key in self.database.buried or any(
+            _holds_tombstone(server.held.get(key, ()), key)
+            for server in self.servers.values()
+        )
+
+    def _check_end(self, worker: Worker, key: str, start: int, faults: Faults) -> None:
+        """What was acknowledged as ended is so in SQL, or on both homes."""
+        homes = worker.homes_of(key)
+        told = [
+            name
+            for name in homes
+            if _holds_tombstone(self.servers[name].held.get(key, ()), key)
+        ]
+        in_sql = key in self.database.buried
+        if not in_sql and (len(homes) < len(PAIR) or len(told) < len(homes)):
+            raise Violation("G4", f"{key[:6]} was ended, in SQL not, and on {told}")
+        skipped = any(suspect for _, suspect in faults)
+        reached = worker.faults(key) == faults and not skipped
+        full = any(self.servers[name].refused_step >= start for name in homes)
+        passed = self.world.passed_since(start) > 0
+        if len(told) < len(homes) and reached and not full and not passed:
+            raise Violation("G4", f"{key[:6]} was ended, and of {homes} only {told}")
 
     def _changes(self, what: str, live: Live) -> dict[str, bytes | None]:
         if what == "own":
@@ -601,15 +803,17 @@ class Run:
         return {}
 
     def _end(self, worker: Worker, session: Session, live: Live | None) -> str:
-        session.end_asked = min(session.end_asked, self.world.step)
+        start, faults = self.world.step, worker.faults(session.key)
+        session.end_asked = min(session.end_asked, start)
         session.logout_asked = True
         try:
             worker.store.end(worker.access(session.key), live)
         except SessionUnavailable as error:
-            return self._refused("end", error)
-        self.hearing.note(worker.process)
+            return self._refused(worker, "end", start, error)
+        self._check_end(worker, session.key, start, faults)
+        self._note(worker, session.key, faults)
         session.ended = min(session.ended, self.world.step)
-        session.untold |= worker.reaches_none(session.key)
+        session.untold |= worker.reaches_none(session.key, faults)
         return self._count("ended", session.name)
 
     def _move(
@@ -620,9 +824,10 @@ class Run:
         what: str,
         access: Access,
         start: int,
+        faults: Faults,
     ) -> str | Session:
         world, history = self.world, self.history
-        start_ms = world.wall_ms
+        start_ms = world.now_ms
         key = self._new_key()
         refill = what == "refill"
         line = Line() if refill else session.line
@@ -645,20 +850,28 @@ class Run:
                 renew_created=what == "login",
             )
         except SessionUnavailable as error:
-            return self._refused(what, error)
+            return self._refused(worker, what, start, error)
         if isinstance(moved, Gone):
             self._count("gone", session.name, moved.reason)
-            self._gone(worker, session, moved, start)
+            self._gone(worker, session, moved, start, faults)
             return "gone"
-        self.hearing.note(worker.process)
+        self._check_end(worker, session.key, start, faults)
+        self._note(worker, session.key, faults)
         session.ended = min(session.ended, world.step)
-        session.untold |= worker.reaches_none(session.key)
-        if not refill:
+        session.untold |= worker.reaches_none(session.key, faults)
+        blind = worker.missed_all(session.key, faults)
+        if blind:
+            # It goes on with what SQL has.
+            history.row_is_left(session)
+        elif not refill:
             history.in_sql(session, start)
         # What it found on the old homes it says to have dropped, for want of SQL.
         said = worker.observer.stats["dropped_changes"] > dropped
         if (
-            session.logout_asked
+            blind
+            or session.logout_asked
+            # Others take it for one that ended long ago.
+            or world.passed_since(start) >= MOVE_AT_WORK_MS
             or self._looks_over_elsewhere(worker)
             or (said and history.sql_in_doubt)
         ):
@@ -672,14 +885,29 @@ class Run:
 
     def _looks_over_elsewhere(self, worker: Worker) -> bool:
         """Whether a clock is so far ahead that this worker's move seems long done."""
-        ahead_ms = max(self.plan.skews) - self.plan.skews[worker.index]
-        return ahead_ms >= MOVE_AT_WORK_MS
+        return self.history.skew_ms >= MOVE_AT_WORK_MS
 
-    def _refused(self, what: str, error: SessionUnavailable) -> str:
+    def _refused(
+        self,
+        worker: Worker,
+        what: str,
+        start: int,
+        error: SessionUnavailable | None,
+    ) -> str:
+        """A request was answered 503: with SQL well, nothing excuses that."""
         # More writers at once than a request tries again: the one excuse that
         # needs no fault.
-        if TOO_MANY in str(error):
+        if error is not None and TOO_MANY in str(error):
             return self._count("too many", what)
+        keys = {one.secrets[0] for one in self.workers}
+        excused = (
+            worker.doubts_sql(start)
+            or self.world.passed_since(start) > 0
+            # Its own keys are behind the others'.
+            or not keys <= {*worker.secrets}
+        )
+        if not excused:
+            raise Violation("G1", f"{what} refused with SQL up: {error}")
         return self._count("unavailable", what)
 
     def _count(self, what: str, *about: str) -> str:
@@ -691,7 +919,7 @@ class Run:
 
     def _finish(self) -> None:
         """Heal, read everything everywhere, then lose all memory and read again."""
-        world, timing = self.world, self.plan.timing
+        world = self.world
         world.log("-- the end: everything heals")
         world.deliver_all()
         for index in range(WORKERS):
@@ -704,12 +932,13 @@ class Run:
         for session in self.history.sessions:
             self._read_everywhere(session)
         world.log("-- a sync is due")
-        skew = max(self.plan.skews) - min(self.plan.skews)
-        world.wall_ms += timing.sync_ms + 2 * skew + 120_000
+        skew = self.history.skew_ms
+        sync_ms = self.plan.longest_sync_ms
+        world.wall_ms += sync_ms + 2 * skew + 120_000
         for session in self.history.sessions:
             self._read_for_good(session)
         world.deliver_all()
-        world.wall_ms += timing.sync_ms + 2 * skew + 120_000
+        world.wall_ms += sync_ms + 2 * skew + 120_000
         world.log("-- all memory is lost")
         for server in self.servers.values():
             server.restart()
@@ -736,10 +965,15 @@ class Run:
         live = [copy for copy in copies if isinstance(copy, Record)]
         if session.ended < NEVER and live and not session.untold:
             raise Violation("G4", f"{session.name} was ended and a home holds it")
-        if "gone" in shown and not any(self.plan.skews) and len(shown) > 1:
+        if "gone" in shown and not self.history.skew_ms and len(shown) > 1:
             raise Violation("G8", f"{session.name} is gone for some workers only")
-        if shown == {"live"} and not (len(live) == 2 and same_state(live[0], live[1])):
+        if shown == {"live"} and not (self._at_rest(live)):
             raise Violation("G2", f"the homes of {session.name} do not agree at rest")
+
+    def _at_rest(self, live: Sequence[Record]) -> bool:
+        """Whether these copies are all that there should be."""
+        alike = all(same_state(copy, live[0]) for copy in live[1:])
+        return len(live) == min(len(self.names), len(PAIR)) and alike
 
 
 class _Shown:

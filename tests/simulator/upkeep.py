@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .plan import DAY, WORKERS
+from .actions import DAY
 
 if TYPE_CHECKING:
     from .scenario import Run
@@ -33,7 +33,7 @@ def _days(run: Run, days: int) -> None:
     world.alone = True
     for _ in range(days):
         world.wall_ms += DAY
-        run.reap(world.rng.randrange(WORKERS))
+        run.reap(world.rng.choice(run.workers))
     world.alone = False
     for session in run.history.sessions:
         # One that SQL has not heard of is nowhere after 30 days.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from random import Random
+from typing import NamedTuple
 
 from greenlet import getcurrent, greenlet
 
@@ -16,15 +17,40 @@ class Stuck(Exception):
     """No task can go on, or they go on for ever."""
 
 
-class Task:
-    """One greenlet; ``until`` is what it waits for, if anything."""
+class Died(BaseException):
+    """The process that a task belongs to has died: it does nothing any more."""
 
-    __slots__ = ("greenlet", "name", "until")
+
+class Task:
+    """One greenlet.
+
+    :ivar until: what it waits for, if anything.
+    :ivar lead: seconds by which its clock is ahead of the world's. What one request
+        waits is no time of the others.
+    :ivar process: the process whose request it carries out; 0 for none.
+    :ivar doomed: that process has died.
+    """
+
+    __slots__ = ("doomed", "greenlet", "lead", "name", "process", "until")
 
     def __init__(self, name: str, run: Callable[[], None], hub: greenlet) -> None:
         self.name = name
         self.greenlet = greenlet(run, hub)
         self.until: Callable[[], bool] | None = None
+        self.lead = 0.0
+        self.process = 0
+        self.doomed = False
+
+
+class Late(NamedTuple):
+    """Something that takes effect at a moment nobody knows.
+
+    :ivar held_until: true time, in milliseconds, before which it does not.
+    """
+
+    kind: str
+    land: Callable[[], None]
+    held_until: int
 
 
 class World:
@@ -37,11 +63,15 @@ class World:
     def __init__(self, rng: Random, *, traced: bool = False) -> None:
         self.rng = rng
         self.step = 0
+        #: The true time; a task's own is ahead of it by what it has waited.
         self.wall_ms = 1_800_000_000_000
         self.mono = 1000.0
+        #: When time passed in the middle of requests: (step, milliseconds).
+        self.passed: list[tuple[int, int]] = []
         self.trace: list[str] | None = [] if traced else None
-        #: Writes that will land some time: (kind, what lands).
-        self.late: list[tuple[str, Callable[[], None]]] = []
+        self.late: list[Late] = []
+        #: Milliseconds for which a late packet may be held back.
+        self.holds_back: tuple[int, ...] = (0,)
         #: Nobody else can go on: there is no need to ask.
         self.alone = False
         #: How likely a task that could go on is the one that goes on.
@@ -87,6 +117,34 @@ class World:
                     task.greenlet.throw()
             self._tasks.clear()
 
+    # --- processes ---------------------------------------------------------------
+
+    def begin(self, process: int) -> None:
+        """The current task carries out a request in this process from now on."""
+        task = self._current
+        assert task is not None
+        task.process, task.lead = process, 0.0
+
+    def end(self) -> None:
+        """The request is over: the world's clock is where the task's is, at least."""
+        task = self._current
+        assert task is not None
+        ahead = max(task.lead, 0.0)
+        task.process, task.lead = 0, 0.0
+        self.mono += ahead
+        self.wall_ms += int(ahead * 1000)
+        for other in self._tasks:
+            if other is not task and other.process:
+                # Its own clock stays where it is.
+                other.lead -= ahead
+
+    def kill(self, process: int) -> None:
+        """All that this process is doing ends where it is."""
+        for task in self._tasks:
+            if task.process == process and task is not self._current:
+                task.doomed = True
+                task.until = None
+
     def _loop(self) -> None:
         tasks, rng = self._tasks, self.rng
         while tasks:
@@ -95,12 +153,18 @@ class World:
                 names = ", ".join(task.name for task in tasks)
                 raise Stuck(f"still running after {self.step} steps: {names}")
             if self.late and rng.random() < 0.1:
-                self.deliver(rng.randrange(len(self.late)))
+                index = rng.randrange(len(self.late))
+                if self.late[index].held_until <= self.wall_ms:
+                    self.deliver(index)
             task = tasks[int(rng.random() * len(tasks))]
             if task.until is not None and not task.until():
                 continue
             self._current = task
-            task.greenlet.switch()
+            if task.doomed:
+                task.doomed = False
+                task.greenlet.throw(Died())
+            else:
+                task.greenlet.switch()
             self._current = None
             if task.greenlet.dead:
                 tasks.remove(task)
@@ -109,26 +173,58 @@ class World:
 
     def later(self, kind: str, land: Callable[[], None]) -> None:
         """Something that takes effect at a moment nobody knows."""
-        self.late.append((kind, land))
+        held = self.rng.choice(self.holds_back) if len(self.holds_back) > 1 else 0
+        self.late.append(Late(kind, land, self.wall_ms + held if held else 0))
 
     def deliver(self, index: int) -> None:
         """Let one late packet land."""
-        kind, land = self.late.pop(index)
-        self.log("      a late packet lands: {}", kind)
-        land()
+        packet = self.late.pop(index)
+        self.log("      a late packet lands: {}", packet.kind)
+        packet.land()
 
-    def deliver_all(self, kinds: str = "") -> None:
-        """Let all that is on its way land; only what starts with ``kinds``."""
+    def deliver_all(self, kinds: str = "", *, held: bool = True) -> None:
+        """Let all that is on its way land.
+
+        :param kinds: only what starts with this.
+        :param held: also what is held back for longer.
+        """
         for index in range(len(self.late) - 1, -1, -1):
-            if self.late[index][0].startswith(kinds):
+            packet = self.late[index]
+            if packet.kind.startswith(kinds) and (
+                held or packet.held_until <= self.wall_ms
+            ):
                 self.deliver(index)
 
     # --- time --------------------------------------------------------------------
 
+    @property
+    def now(self) -> float:
+        """The monotonic time of whoever asks, in seconds."""
+        task = self._current
+        return self.mono if task is None else self.mono + task.lead
+
+    @property
+    def now_ms(self) -> int:
+        """The true time of whoever asks, in Unix milliseconds."""
+        task = self._current
+        return self.wall_ms if task is None else self.wall_ms + int(task.lead * 1000)
+
     def spend(self, seconds: float) -> None:
-        """Time that somebody waited."""
+        """Time that the current request, or else everybody, waited."""
+        task = self._current
+        if task is not None and task.process:
+            task.lead += seconds
+        else:
+            self.pass_time(seconds)
+
+    def pass_time(self, seconds: float) -> None:
+        """Time goes by for everybody, also in the middle of requests."""
         self.mono += seconds
         self.wall_ms += int(seconds * 1000)
+
+    def passed_since(self, start: int) -> int:
+        """Milliseconds that passed in the middle of requests since this step."""
+        return sum(amount for step, amount in self.passed if step >= start)
 
     def log(self, text: str, *parts: object) -> None:
         """A line of the trace."""
@@ -149,9 +245,16 @@ class Landing:
 
     def wait(self, timeout: float) -> bool:
         """Wait until it is set."""
-        until = self._world.mono + timeout
-        self._world.wait(lambda: self._is_set or self._world.mono >= until)
+        world, started = self._world, self._world.step
+        # Nobody's clock goes on while all wait: others are given some turns.
+        world.wait(lambda: self._is_set or world.step > started + _PATIENCE)
+        if not self._is_set:
+            world.spend(max(timeout, 0.0))
         return self._is_set
+
+
+#: Steps for which a task waits in vain for another one.
+_PATIENCE = 2_000
 
 
 class WorkerClock:
@@ -163,11 +266,11 @@ class WorkerClock:
 
     def now_ms(self) -> int:
         """Unix milliseconds."""
-        return self._world.wall_ms + self.skew_ms
+        return self._world.now_ms + self.skew_ms
 
     def monotonic(self) -> float:
         """Seconds that only go forward."""
-        return self._world.mono
+        return self._world.now
 
 
 @contextmanager
