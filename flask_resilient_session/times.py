@@ -78,10 +78,11 @@ def overdue(record: Record, timing: Timing, now_ms: int) -> bool:
 
     The session may have been ended by somebody who reached SQL but no home. In use it
     meets that at its next sync. One that comes back from a long rest would be served
-    once more before: for twice the interval it may, and no longer.
+    once more before: for twice the interval it may, and no longer. A pair that was
+    never synced has rested since it was created.
     """
-    rested_ms = now_ms - record.synced_ms
-    return not record.never_synced and rested_ms >= longest_rest_ms(timing)
+    heard_ms = record.created_ms if record.never_synced else record.synced_ms
+    return now_ms - heard_ms >= longest_rest_ms(timing)
 
 
 def longest_rest_ms(timing: Timing) -> int:

@@ -19,6 +19,7 @@ from builders import (
     make_site,
 )
 from flask_resilient_session.errors import SessionTooLarge
+from flask_resilient_session.record import Tombstone
 from flask_resilient_session.replication import Gone, Live, Standing
 from misbehaving import run_together
 from servers import Memcached
@@ -232,6 +233,17 @@ def test_a_late_visitors_row_does_not_revive(site: Site) -> None:
     site.store.end(site.access(ALICE), site.live(ALICE))
     assert isinstance(site.store.save(site.access(ALICE), in_flight, {}), Gone)
     assert site.is_dead()
+
+
+def test_a_visitors_pair_that_rested_asks_sql_first(site: Site) -> None:
+    """Somebody who reached SQL but no home may have ended it meanwhile."""
+    site.create(ALICE, required=False, cart=1)
+    access = site.access(ALICE)
+    ended = Tombstone("ended", site.clock.now_ms())
+    site.store.durable.bury(access, ended, None)
+    assert site.seen() == {"cart": 1}
+    site.clock.ahead_ms += 2 * site.timing.sync_ms + 61_000
+    assert site.seen() is None
 
 
 def test_a_move_carries_a_concurrent_write_over(site: Site) -> None:

@@ -233,6 +233,27 @@ def missing_row_is_gone(patch: Patch) -> None:
     patch(loading, "judge_row", judge_row)
 
 
+@_mutation("silent")
+def visitors_never_overdue(patch: Patch) -> None:
+    """A pair that was never synced is believed however long it has rested."""
+    real = loading.overdue
+
+    def overdue(record: Record, timing: Any, now_ms: int) -> bool:
+        return not record.never_synced and real(record, timing, now_ms)
+
+    patch(loading, "overdue", overdue)
+
+
+@_mutation("node")
+def refused_with_sql_up(patch: Patch) -> None:
+    """A change that one home did not take is refused, though SQL would keep it."""
+
+    def write_row_now(self: Saver, access: Access, live: Live, record: Record) -> Any:
+        raise self._steps.not_kept(access, "one of its nodes does not answer")
+
+    patch(Saver, "_write_row_now", write_row_now)
+
+
 # --- ending ----------------------------------------------------------------------
 
 
