@@ -22,7 +22,6 @@ from .history import Event, history_of
 Origin = Literal[
     "new",
     "memory",
-    "stood_in",
     "checked",
     "repaired",
     "recovered",
@@ -33,7 +32,6 @@ Origin = Literal[
 _TITLES: Final[Mapping[Origin, str]] = {
     "new": "New session",
     "memory": "Read from memory",
-    "stood_in": "Read from memory, with a stand-in",
     "checked": "Checked with SQL",
     "repaired": "Recovered and repaired",
     "recovered": "Recovered with SQL",
@@ -47,7 +45,6 @@ class NodeView:
     """One node, as this process sees it.
 
     :ivar home: this session's copies belong here.
-    :ivar stands_in: it holds a copy for a home that does not answer.
     :ivar behind: what it holds was out of date, and is brought up to date.
     :ivar skipped: this process leaves it alone for a while, after a failure.
     :ivar holds: what it holds of this session at this moment.
@@ -56,7 +53,6 @@ class NodeView:
     name: str
     address: str
     home: bool
-    stands_in: bool
     behind: bool
     skipped: bool
     holds: CopyState
@@ -113,7 +109,6 @@ def _nodes(
             name=node.name,
             address=node.address.removeprefix("inet:"),
             home=node.name in trace.homes,
-            stands_in=node.name == trace.stand_in,
             behind=node.name in trace.repairs,
             skipped=node.name in suspects,
             holds=copies[node.name],
@@ -127,13 +122,11 @@ def _origin(trace: SessionTrace) -> Origin:
         return "unverified"
     if trace.standing == "agreed":
         return "memory"
-    if trace.standing == "stood in":
-        return "stood_in"
     if trace.standing != "confirmed":
         return "new"
     if not trace.homes:
         return "sql"
-    if set(trace.repairs) & set(trace.homes):
+    if trace.repairs:
         return "repaired"
     return "recovered" if "unreachable" in trace.found.values() else "checked"
 
@@ -152,22 +145,14 @@ def _text(origin: Origin, trace: SessionTrace) -> str:
     said = []
     if silent:
         said.append(f"{_names(silent)} did not answer.")
-    if origin == "stood_in":
-        left = [name for name in trace.homes if name not in silent]
-        said.append(f"{trace.stand_in} stands in: it holds the same state as")
-        said.append(f"{_names(left)}. SQL was not asked.")
-        return " ".join(said)
-    behind = [name for name in trace.repairs if name in trace.homes]
-    if behind:
-        said.append(f"{_names(behind)} had no current copy.")
+    if trace.repairs:
+        said.append(f"{_names(trace.repairs)} had no current copy.")
     if origin == "unverified":
         said.append("SQL could not be asked, so that nobody confirmed what is left.")
         return " ".join(said)
     said.append("SQL was asked and settled it.")
-    if behind:
-        said.append(f"This page rewrites the copy on {_names(behind)}.")
-    if trace.stand_in in trace.repairs:
-        said.append(f"From now on {trace.stand_in} stands in, and SQL is left alone.")
+    if trace.repairs:
+        said.append(f"This page rewrites the copy on {_names(trace.repairs)}.")
     return " ".join(said)
 
 

@@ -100,10 +100,6 @@ class Cluster:
         """Names of the nodes that this process skips at the moment."""
         return frozenset(n for n, b in self._breakers.items() if b.suspect)
 
-    def suspects_any(self, names: Sequence[str]) -> bool:
-        """Whether this process skips one of these nodes at the moment."""
-        return any(self._breakers[name].suspect for name in names)
-
     def close(self) -> None:
         """Close all idle connections; the next exchange opens new ones."""
         for node in self._nodes.values():
@@ -283,7 +279,7 @@ class Cluster:
             self._nodes[name].drop_idle()
             logger.warning(
                 "Node %s is skipped for a while: %s. Sessions that live on it are"
-                " served from their other home, with a stand-in or SQL.",
+                " served from their other home and SQL.",
                 name,
                 fault,
             )

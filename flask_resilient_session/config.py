@@ -116,7 +116,6 @@ class Settings:
     request_budget: float
     sql_timeout: float
     sql_concurrency: int
-    stand_in: bool
     outage_trust: float
     key_prefix: str
     table: str
@@ -287,7 +286,6 @@ _KEYS: Mapping[str, tuple[Any, _Rule]] = MappingProxyType(
         "request_budget": (1.0, _WAIT),
         "sql_timeout": (0.5, _WAIT),
         "sql_concurrency": (8, _whole(1)),
-        "stand_in": (True, _flag()),
         "outage_trust": (0, _seconds(0, MAX_OUTAGE_TRUST)),
         "key_prefix": ("session:", _PREFIX_TEXT),
         "table": ("resilient_sessions", _TABLE_NAME),

@@ -46,7 +46,6 @@ class Ender:
         self._trust.forget(access.session_key, self._clock.monotonic())
         homes = self._homes.names(access)
         names = tuple(dict.fromkeys((*homes, *also)))
-        told = tuple(dict.fromkeys((*names, *self._homes.all_names(access))))
         tombstone = Tombstone("ended", self._clock.now_ms())
         record = None if live is None else live.record
         try:
@@ -54,12 +53,12 @@ class Ender:
         except SqlUnavailable as error:
             if not in_debt:
                 raise self._steps.not_kept(access, error) from error
-            acks = self._homes.bury(access, replace(tombstone, debt=True), told)
+            acks = self._homes.bury(access, replace(tombstone, debt=True), names)
             if len(homes) < PAIR or not all_stored(acks, names):
                 raise self._steps.not_kept(access, error) from error
             self._durable.owe(access, tombstone, record)
         else:
-            acks = self._homes.bury(access, tombstone, told)
+            acks = self._homes.bury(access, tombstone, names)
         self._observer.count("revoked")
         self._observer.send(session_revoked, session=short(access.session_key))
-        return frozenset(name for name in names if acks[name] is Ack.UNREACHABLE)
+        return frozenset(n for n, ack in acks.items() if ack is Ack.UNREACHABLE)

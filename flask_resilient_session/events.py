@@ -41,7 +41,6 @@ COUNTERS: Final[Mapping[str, str]] = {
     "round_trips": "exchanges with nodes that a request waited for, parallel ones once",
     "one_way_writes": "requests that told their nodes times without waiting",
     "loaded_from_memory": "sessions settled by the nodes alone",
-    "loaded_by_stand_in": "those of them settled by a home and a stand-in",
     "loaded_from_sql": "sessions that SQL had to settle",
     "loaded_unverified": "sessions served from one copy while SQL was unreachable",
     "unavailable": "sessions that nobody could vouch for, and changes refused (503)",

@@ -271,7 +271,7 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         flights=Flights(),
     )
     store = Store(
-        homes=Homes(ring, cluster, stand_ins=settings.stand_in),
+        homes=Homes(ring, cluster),
         durable=durable,
         max_bytes=settings.max_bytes,
         clock=clock,

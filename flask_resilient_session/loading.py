@@ -12,7 +12,7 @@ from .durable import Durable, silence
 from .errors import SqlUnavailable
 from .events import Observer, logger, session_recovered, short
 from .homes import Homes
-from .record import Corrupt, Hit, Record, Reply
+from .record import Corrupt, Record, Reply
 from .replication import (
     Gone,
     InsertFirst,
@@ -22,20 +22,17 @@ from .replication import (
     SqlSilent,
     Standing,
     Unknown,
-    buried_at,
     confirmed,
     judge_copies,
     judge_row,
     live_copies,
     torn,
 )
-from .stand_in import judge_stand_in, with_stand_in
 from .times import (
     expires_ms,
     overdue,
 )
 from .trust import Trust
-from .wire import Ack
 
 #: The log says at most this often that workers differ in their nodes.
 _NOTICE_SECONDS: Final = 60.0
@@ -70,7 +67,7 @@ class Loader:
 
         :param ask_sql: ask SQL even where the homes agree.
         """
-        replies, stand_in = self._homes.read_all(access)
+        replies = self._homes.read(access)
         verdict = judge_copies(replies, access.timing, self._clock.now_ms())
         if verdict is None and not ask_sql and torn(replies):
             replies = self._homes.read(access)
@@ -78,22 +75,15 @@ class Loader:
         self._count_corrupt(replies)
         if verdict is None:
             self._notice_other_homes(access, replies)
-        if stand_in and not isinstance(verdict, Gone):
-            now_ms = self._clock.now_ms()
-            settled = judge_stand_in(replies, stand_in, access.timing, now_ms)
-            if verdict is None or isinstance(settled, Gone):
-                verdict = settled
         if isinstance(verdict, Gone):
-            return self._spread(access, verdict, {**replies, **stand_in})
-        # A stand-in that holds something else is a reason to ask.
-        differs = any(isinstance(reply, Hit) for reply in stand_in.values())
-        if verdict is None and not ask_sql and not differs:
+            return self._spread(access, verdict)
+        if verdict is None and not ask_sql:
             verdict = self._trusted(access, replies)
         if verdict is None or ask_sql:
-            return self._widen(access, replies, stand_in)
+            return self._widen(access, replies)
         if overdue(verdict.record, access.timing, self._clock.now_ms()):
-            return self._widen(access, replies, stand_in, otherwise=verdict)
-        self._count_loaded(verdict)
+            return self._widen(access, replies, otherwise=verdict)
+        self._observer.count("loaded_from_memory")
         return verdict
 
     def peek(self, access: Access, names: Sequence[str]) -> dict[str, Reply]:
@@ -112,7 +102,6 @@ class Loader:
         self,
         access: Access,
         replies: Mapping[str, Reply],
-        stand_in: Mapping[str, Reply],
         otherwise: Live | None = None,
     ) -> Live | Gone | Unknown:
         """Ask SQL what the nodes did not settle.
@@ -122,13 +111,13 @@ class Loader:
         asked = self._clock.monotonic()
         row = self._durable.read(access)
         if otherwise is not None and isinstance(row, SqlSilent):
-            self._count_loaded(otherwise)
+            self._observer.count("loaded_from_memory")
             return otherwise
         verdict = judge_row(replies, row, access.timing, self._clock.now_ms())
         if isinstance(verdict, InsertFirst):
             verdict = self._insert_first(access, replies, verdict.record)
         if isinstance(verdict, Gone):
-            return self._spread(access, verdict, {**replies, **stand_in})
+            return self._spread(access, verdict)
         if isinstance(verdict, Unknown):
             self._observer.count("unavailable")
         elif verdict.standing is Standing.UNVERIFIED:
@@ -137,7 +126,6 @@ class Loader:
             self._trust.vouch(access.session_key, verdict.record, asked)
             self._observer.count("loaded_from_sql")
             self._observer.send(session_recovered, session=short(access.session_key))
-            return with_stand_in(verdict, replies, stand_in)
         return verdict
 
     def _insert_first(
@@ -160,7 +148,7 @@ class Loader:
         assert not isinstance(verdict, InsertFirst)
         return verdict
 
-    def _spread(self, access: Access, gone: Gone, replies: Mapping[str, Reply]) -> Gone:
+    def _spread(self, access: Access, gone: Gone) -> Gone:
         """Tell the nodes that a session is gone, and pay a tombstone's debt to SQL."""
         self._trust.forget(access.session_key, self._clock.monotonic())
         tombstone, names = gone.tombstone, gone.spread
@@ -176,9 +164,7 @@ class Loader:
                 self._observer.count("syncs_put_off")
             else:
                 tombstone, names = paid, self._homes.names(access)
-        acks = dict.fromkeys(buried_at(replies), Ack.STORED)
-        acks |= self._homes.bury(access, tombstone, names)
-        self._homes.bury_at_stand_in(access, tombstone, acks)
+        self._homes.bury(access, tombstone, names)
         return gone
 
     def _notice_other_homes(self, access: Access, replies: Mapping[str, Reply]) -> None:
@@ -198,11 +184,6 @@ class Loader:
                     ", ".join(replies),
                 )
                 return
-
-    def _count_loaded(self, settled: Live) -> None:
-        self._observer.count("loaded_from_memory")
-        if settled.standing is Standing.STOOD_IN:
-            self._observer.count("loaded_by_stand_in")
 
     def _count_corrupt(self, replies: Mapping[str, Reply]) -> None:
         corrupt = sum(isinstance(reply, Corrupt) for reply in replies.values())

@@ -133,9 +133,6 @@ class Mover:
         """
         homes = self._homes.names(old)
         burials = self._homes.requests(old, tombstone, live.places, now_ms)
-        # A stand-in has nothing that is not in SQL or on a home, and need not be read.
-        others = set(self._homes.all_names(old)).difference(homes, live.places)
-        burials += self._homes.burials(old, tombstone, sorted(others))
         new_places: dict[str, Token | None] = dict.fromkeys(self._homes.names(new))
         placements = self._homes.requests(new, record, new_places, now_ms)
         acks = self._homes.cluster.write([*burials, *placements], old.deadline)

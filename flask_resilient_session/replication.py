@@ -43,8 +43,6 @@ class Standing(enum.Enum):
 
     #: Both homes hold the same state.
     AGREED = "agreed"
-    #: One home is silent; the other and the stand-in hold the same state.
-    STOOD_IN = "stood in"
     #: SQL settled what the homes could not.
     CONFIRMED = "confirmed"
     #: SQL could not be asked; this is what the reachable copies hold.
@@ -56,8 +54,8 @@ class Live:
     """The session exists.
 
     :ivar record: the join of all that was found.
-    :ivar places: the nodes that can be written, homes and perhaps a stand-in, each
-        with the token of what stands there, or None where nothing does.
+    :ivar places: the homes that can be written, each with the token of what stands
+        there, or None where nothing does.
     :ivar repairs: those whose copy is missing, corrupt, behind or not yet verified.
     """
 
@@ -155,31 +153,16 @@ def judge_copies(
     tombstone = tombstone_of(replies)
     if tombstone is not None:
         return _buried_at_home(tombstone, replies, now_ms)
-    copies = live_copies(replies)
-    if len(copies) != len(replies):
+    copies, names = live_copies(replies), frozenset(replies)
+    if len(copies) != len(replies) or len(copies) < PAIR:
         return None
-    record = agreed(copies, frozenset(replies), timing, now_ms)
-    if record is None:
+    for copy in copies:
+        if not vouches(copy, names) or not same_state(copy, copies[0]):
+            return None
+    record = join_all(copies)
+    if expires_ms(record, timing) <= now_ms:
         return None
     return Live(record, Standing.AGREED, places_of(replies))
-
-
-def agreed(
-    copies: Sequence[Record], homes: frozenset[str], timing: Timing, now_ms: int
-) -> Record | None:
-    """What live copies hold together, where two or more hold the same state.
-
-    :param homes: the session's homes, which all of them have to name.
-    """
-    if len(copies) < PAIR:
-        return None
-    record = first = copies[0]
-    for copy in copies:
-        if not vouches(copy, homes) or not same_state(copy, first):
-            return None
-        if copy is not first:
-            record = join_records(record, copy)
-    return None if expires_ms(record, timing) <= now_ms else record
 
 
 def torn(replies: Mapping[str, Reply]) -> bool:
@@ -325,7 +308,7 @@ def being_moved(tombstone: Tombstone, now_ms: int) -> bool:
 
 
 def buried(tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int) -> Gone:
-    """A session that is dead by the word of SQL or of its stand-in."""
+    """A session that is dead by the word of SQL."""
     if being_moved(tombstone, now_ms):
         return Gone(tombstone.reason, tombstone.ended_ms)
     return Gone(
@@ -433,8 +416,7 @@ def judge_acks(
     """Whether a change is safe.
 
     :param acks: answers of the nodes that were written.
-    :param homes: the homes that the session has by configuration; what a stand-in
-        took is not safe there.
+    :param homes: the homes that the session has by configuration.
     :param in_sql: SQL committed the change before.
     """
     if Ack.CONFLICT in acks.values():

@@ -2,8 +2,7 @@
 
 Every node has points on a ring of 64-bit numbers. The homes of a session are
 the first distinct nodes met after the session's own point, in distinct zones as
-far as there are enough; the next one by the same rule is its stand-in. Configuration
-alone decides; health moves nothing.
+far as there are enough. Configuration alone decides; health moves nothing.
 
 **Changing one node replaces at most one home of any session**, so with two
 homes every session keeps at least one. The reason: a node's points depend on its
@@ -29,7 +28,6 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 #: Points of a node of weight 1. The share of the ring that a node gets strays
 #: from its fair share by about 1 / sqrt(points): 6 % here. The cost of building
@@ -53,13 +51,6 @@ class RingNode:
     zone: str = ""
 
 
-class _Placement(NamedTuple):
-    """The nodes of the sessions between two points of the ring."""
-
-    homes: tuple[str, ...]
-    stand_in: str | None
-
-
 class Ring:
     """An immutable ring; safe to share between threads.
 
@@ -77,24 +68,18 @@ class Ring:
                 raise ValueError(f"Two nodes on the ring are named {node.name!r}.")
             by_name[node.name] = node
         self._names = frozenset(by_name)
-        self._copies = copies
         # Sorting by name as well settles two equal points without regard to
         # the order of the list.
         marks = sorted(
             (point, node.name) for node in by_name.values() for point in _points(node)
         )
         self._points = [point for point, _ in marks]
-        self._placements = _placements([by_name[name] for _, name in marks], copies)
+        self._homes = _homes_by_position([by_name[name] for _, name in marks], copies)
 
     @property
     def names(self) -> frozenset[str]:
         """The names of all nodes on the ring."""
         return self._names
-
-    @property
-    def copies(self) -> int:
-        """How many homes a session has where there are enough nodes."""
-        return self._copies
 
     def homes(self, session_key: str) -> tuple[str, ...]:
         """Return the names of the nodes that should hold a session, best first.
@@ -104,17 +89,7 @@ class Ring:
             where there are fewer nodes; nothing on an empty ring.
         :raises ValueError: the key does not begin with 16 hex characters.
         """
-        return self._placement(session_key).homes
-
-    def stand_in(self, session_key: str) -> str | None:
-        """Return the node that would be the session's next home, if there is one.
-
-        :param session_key: as for :meth:`homes`.
-        """
-        return self._placement(session_key).stand_in
-
-    def _placement(self, session_key: str) -> _Placement:
-        return self._placements[bisect_right(self._points, int(session_key[:16], 16))]
+        return self._homes[bisect_right(self._points, int(session_key[:16], 16))]
 
 
 def _points(node: RingNode) -> Iterable[int]:
@@ -128,13 +103,13 @@ def _points(node: RingNode) -> Iterable[int]:
         yield int.from_bytes(digest.digest()[:8], "big")
 
 
-def _placements(order: list[RingNode], copies: int) -> list[_Placement]:
-    """Return the homes and the stand-in for each place between two points.
+def _homes_by_position(order: list[RingNode], copies: int) -> list[tuple[str, ...]]:
+    """Return the homes for each place between two points of the ring.
 
     :param order: the node of each point, points ascending.
     :param copies: how many homes to find.
-    :returns: at index i those of a key that has i points at or before its own; one
-        entry more than there are points, the last equal to the first.
+    :returns: at index i the homes of a key that has i points at or before its
+        own; one entry more than there are points, the last equal to the first.
     """
     # Walking backwards, the nodes ordered by when they were passed last are the
     # nodes in the order in which a key at this place would meet them, and the
@@ -151,23 +126,15 @@ def _placements(order: list[RingNode], copies: int) -> list[_Placement]:
 
     for node in reversed(order):
         pass_by(node)
-    known: dict[tuple[str, ...], _Placement] = {}
-
-    def placement() -> _Placement:
-        # The homes do not depend on how many names are asked for: one more is what
-        # would come next. Few distinct answers and many points: keep each once.
-        names = _nearest(met, leaders, copies + 1)
-        if names not in known:
-            following = names[copies] if len(names) > copies else None
-            known[names] = _Placement(names[:copies], following)
-        return known[names]
-
-    placements = [placement()]
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}
+    homes = [_nearest(met, leaders, copies)]
     for node in reversed(order):
         pass_by(node)
-        placements.append(placement())
-    placements.reverse()
-    return placements
+        found = _nearest(met, leaders, copies)
+        # Few distinct answers and many points: keep each answer once.
+        homes.append(known.setdefault(found, found))
+    homes.reverse()
+    return homes
 
 
 def _nearest(

@@ -171,7 +171,6 @@ class Saver:
         if outcome is Outcome.SQL_NOW:
             record = self._write_row_now(access, live, record)
         self._homes.remove_refused(access, acks, live.places)
-        self._homes.tell_stand_in(access, record, acks, now_ms)
         return replace(live, record=record)
 
     def _to_store(

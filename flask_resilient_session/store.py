@@ -1,9 +1,9 @@
 """The sessions of one application: load, create, save, end, move.
 
 The order of the protocol's steps is in ``loading``, ``saving``, ``ending`` and
-``moving``; what to do in each is decided in ``replication`` and ``stand_in``. Nothing
-waits but in the nodes and SQL that were given, and time and chance are arguments, so
-that a simulator can run this through every interleaving.
+``moving``; what to do in each is decided in ``replication``. Nothing waits but in the
+nodes and SQL that were given, and time and chance are arguments, so that a simulator
+can run this through every interleaving.
 """
 
 from __future__ import annotations

@@ -82,9 +82,4 @@ def overdue(record: Record, timing: Timing, now_ms: int) -> bool:
     never synced has rested since it was created.
     """
     heard_ms = record.created_ms if record.never_synced else record.synced_ms
-    return now_ms - heard_ms >= longest_rest_ms(timing)
-
-
-def longest_rest_ms(timing: Timing) -> int:
-    """How long nodes are believed that have not heard of SQL."""
-    return 2 * timing.sync_ms + _SLACK_MS
+    return now_ms - heard_ms >= 2 * timing.sync_ms + _SLACK_MS

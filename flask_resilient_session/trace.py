@@ -22,11 +22,10 @@ class SessionTrace:
 
     :ivar digest: the short digest that names it; None while nothing is stored.
     :ivar homes: the nodes that it belongs on.
-    :ivar standing: what was found: ``agreed`` the homes settled it, ``stood in`` one
-        home and the other one's stand-in, ``confirmed`` SQL did, ``unverified`` SQL
-        could not be asked, ``gone`` a genuine cookie of a session that ended.
+    :ivar standing: what was found: ``agreed`` the homes settled it, ``confirmed`` SQL
+        did, ``unverified`` SQL could not be asked, ``gone`` a genuine cookie of a
+        session that ended.
     :ivar found: what each home held when it was loaded.
-    :ivar stand_in: the node that stands in for a home that did not answer.
     :ivar repairs: nodes whose copy is rewritten when this request is saved.
     :ivar synced_ms: when SQL was last written, in Unix milliseconds; 0 for never.
     :ivar writes: changes since then, which only memory holds.
@@ -34,11 +33,8 @@ class SessionTrace:
 
     digest: str | None
     homes: tuple[str, ...]
-    standing: Literal[
-        "new", "agreed", "stood in", "confirmed", "unverified", "unavailable", "gone"
-    ]
+    standing: Literal["new", "agreed", "confirmed", "unverified", "unavailable", "gone"]
     found: Mapping[str, HomeState] = field(default_factory=dict)
-    stand_in: str | None = None
     repairs: tuple[str, ...] = ()
     synced_ms: int = 0
     writes: int = 0
@@ -58,13 +54,11 @@ def trace(store: Store, visit: RequestVisit, *, unavailable: bool) -> SessionTra
     if not isinstance(live, Live):
         return SessionTrace(None, (), "new")
     found = {name: _home_state(live, name) for name in homes}
-    stand_ins = [name for name in live.places if name not in homes]
     return SessionTrace(
         digest,
         homes,
         live.standing.value,
         found,
-        stand_ins[0] if stand_ins else None,
         live.repairs,
         live.record.synced_ms,
         live.record.writes,

@@ -225,12 +225,6 @@ def test_the_page_tells_what_happened(
     assert f"{homes[0]} did not answer." in page
     assert f"{homes[0]} is skipped for a while" in page
 
-    # The page before last told the stand-in.
-    wait_until(lambda: "with a stand-in" in title_of(shopper.look()), what="it")
-    page = shopper.look()
-    assert "SQL was not asked." in page
-    assert "stand-in</span>" in page
-
     home.start()
     wait_until(lambda: shopper.sees("Recovered and repaired"), what="the repair")
     page = shopper.look()

@@ -34,7 +34,6 @@ LEVELS = {
     "access": 3,
     "times": 3,
     "replication": 4,
-    "stand_in": 5,
     "reaping": 5,
     # one server each
     "node": 2,
@@ -79,7 +78,7 @@ LEVELS = {
 #: Rooms that get everything as arguments: their functions only compute.
 PURE = {
     *("ring", "health", "record", "codec", "config", "addresses", "wire"),
-    *("times", "replication", "stand_in", "reaping", "access", "envelope"),
+    *("times", "replication", "reaping", "access", "envelope"),
 }
 IMPURE_MODULES = {
     *("socket", "select", "selectors", "ssl", "time", "random", "os", "io", "pathlib"),

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pytest
 
-from lab import NAMES, PATIENCE, Lab, N, User, Worker, new_lab
+from lab import NAMES, PATIENCE, Lab, N, User, Worker, each_home, new_lab
 from lab_databases import LabDatabase
 from servers import Memcached, MemcachedPool, wait_until
 
@@ -257,6 +257,40 @@ def test_a_sync_keeps_what_the_other_configuration_wrote(
     counting.everybody_sees(wide)
     counting.everybody(lab.worker, lab.worker, wide)
     counting.everybody_sees(lab.worker)
+
+
+@each_home
+def test_a_move_keeps_what_the_new_nodes_were_told(
+    lab: Lab, home: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new id made with the old nodes takes along a change made with the new ones."""
+    user = lab.member(x=0)
+    gone = lab.name(user, home)
+    without = {name: s for name, s in lab.servers.items() if name != gone}
+    other = user.at(worker_on(lab, without))
+    assert other.changes(x=1).status == 200
+
+    homes = lab.worker.state.store.homes
+    read = homes.read
+
+    def read_late(*args: Any) -> Any:
+        # Somebody looks at the session in the middle of the move.
+        other.sees()
+        return read(*args)
+
+    def action(session: Any) -> None:
+        assert session["x"] == 1
+        # Both of its new homes take this, and SQL does not hear of it.
+        assert other.changes(x=2).status == 200
+        assert lab.row(user)["x"] == 1
+        monkeypatch.setattr(homes, "read", read_late)
+        session.regenerate()
+
+    late = user.twin()
+    assert user.does(action).status == 200
+    monkeypatch.undo()
+    assert user.sees() == {"_user_id": "7", "x": 2}
+    assert late.sees() == {}
 
 
 def test_two_configurations_at_once_are_logged(

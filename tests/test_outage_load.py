@@ -29,9 +29,6 @@ PATIENT: Final = {
     "RESILIENT_SESSION_REQUEST_BUDGET": 40.0,
 }
 
-#: As with two nodes, where there is none.
-NO_STAND_IN: Final = {"RESILIENT_SESSION_STAND_IN": False}
-
 #: For tests that fill the places for SQL.
 FEW_PLACES: Final = {
     "RESILIENT_SESSION_SQL_CONCURRENCY": 2,
@@ -134,8 +131,7 @@ def homes(lab: Lab, user: User) -> set[str]:
 class NodeDown:
     """Many users, and one of three nodes that is down.
 
-    :ivar there: those whose session lives on that node.
-    :ivar hit: their session keys.
+    :ivar hit: the keys of the sessions that live on that node.
     """
 
     def __init__(self, lab: Lab) -> None:
@@ -145,8 +141,7 @@ class NodeDown:
         everybody(lab, self.users, reads)
         self._down = NAMES[0]
         lab.servers[self._down].kill()
-        self.there = [user for user in self.users if self._down in homes(lab, user)]
-        self.hit = [user.session_key for user in self.there]
+        self.hit = [u.session_key for u in self.users if self._down in homes(lab, u)]
         assert sessions // 3 < len(self.hit) < sessions
         self.statements = Statements(lab.worker)
 
@@ -171,7 +166,7 @@ def test_only_the_sessions_of_a_dead_node_cost_sql(
     three_nodes: list[Memcached], lab_database: LabDatabase
 ) -> None:
     """One SELECT by primary key for each of their requests, one write if it changes."""
-    with new_lab(three_nodes, lab_database, **PATIENT, **NO_STAND_IN) as lab:
+    with new_lab(three_nodes, lab_database, **PATIENT) as lab:
         outage = NodeDown(lab)
         statements = outage.statements
         everybody(lab, outage.users, reads)
@@ -183,33 +178,11 @@ def test_only_the_sessions_of_a_dead_node_cost_sql(
         outage.ends()
 
 
-def test_with_a_stand_in_they_cost_one_read_and_the_writes(
-    three_nodes: list[Memcached], lab_database: LabDatabase
-) -> None:
-    """A session is read from SQL once, however often it is used."""
-    with new_lab(three_nodes, lab_database, **PATIENT) as lab:
-        outage = NodeDown(lab)
-        statements = outage.statements
-        # Who finds out that the node is down has not asked the stand-in.
-        reads(outage.there[0])
-        assert statements.take().total() == 1
-        everybody(lab, outage.users, reads)
-        assert statements.take() == outage.each("SELECT")
-        for _ in range(3):
-            everybody(lab, outage.users, reads)
-        assert statements.take() == {}
-        one_by_one(outage.users, writes)
-        assert statements.take() == outage.each("UPDATE")
-        everybody(lab, outage.users, reads)
-        assert statements.take() == {}
-        outage.ends()
-
-
 def test_trust_asks_once_per_session_and_process(
     three_nodes: list[Memcached], lab_database: LabDatabase
 ) -> None:
     """With RESILIENT_SESSION_OUTAGE_TRUST a process asks once in that time."""
-    config = {**PATIENT, **NO_STAND_IN, "RESILIENT_SESSION_OUTAGE_TRUST": 10}
+    config = {**PATIENT, "RESILIENT_SESSION_OUTAGE_TRUST": 10}
     with new_lab(three_nodes, lab_database, **config) as lab:
         other = lab.new_worker()
         users = [lab.member() for _ in range(60)]

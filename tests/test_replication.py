@@ -308,8 +308,6 @@ def test_fewer_homes_than_two_are_never_enough() -> None:
     for acks, homes in ((stored, ("a", "b")), (stored, ("a",)), ({}, ())):
         assert judge_acks(acks, homes=homes, in_sql=False) is Outcome.SQL_NOW
         assert judge_acks(acks, homes=homes, in_sql=True) is Outcome.ACKNOWLEDGED
-    acks = {**stored, "stand-in": Ack.STORED}
-    assert judge_acks(acks, homes=("a", "b"), in_sql=False) is Outcome.SQL_NOW
 
 
 @pytest.mark.parametrize(("first", "second"), ACK_PAIRS)

@@ -16,7 +16,6 @@ from flask_resilient_session import (
     reaper,
     replication,
     saving,
-    stand_in,
 )
 from flask_resilient_session.access import Access
 from flask_resilient_session.cluster import Cluster
@@ -293,7 +292,7 @@ def no_tombstones_on_homes(patch: Patch) -> None:
 @_mutation("node+sql")
 def debts_not_paid(patch: Patch) -> None:
     """A tombstone that SQL has not heard of stays where it is."""
-    patch(Loader, "_spread", lambda self, access, gone, replies: gone)
+    patch(Loader, "_spread", lambda self, access, gone: gone)
 
 
 @_mutation("none")
@@ -405,66 +404,3 @@ def rows_keep_their_key(patch: Patch) -> None:
         return real(self, replace(access, keyring=oldest), record)
 
     patch(Durable, "_row", row)
-
-
-# --- standing in -----------------------------------------------------------------
-
-
-@_mutation("split")
-def stand_in_not_told(patch: Patch) -> None:
-    """What not both homes took is in SQL, and the stand-in keeps what it has."""
-    patch(Homes, "_untold", lambda *_: [])
-    patch(Homes, "all_names", Homes.names)
-
-
-@_mutation("split")
-def ends_not_told_to_the_stand_in(patch: Patch) -> None:
-    """The stand-in hears of changes only."""
-    patch(Homes, "bury_at_stand_in", lambda *_: None)
-    patch(Homes, "all_names", Homes.names)
-
-
-@_mutation("split")
-def changes_not_told_to_the_stand_in(patch: Patch) -> None:
-    """The stand-in hears of ends only."""
-    patch(Homes, "tell_stand_in", lambda *_: None)
-
-
-@_mutation("stand-in+full")
-def stand_in_has_taken_it(patch: Patch) -> None:
-    """A home that refused a change keeps its old copy, if the stand-in took it."""
-
-    def remove_refused(self: Homes, access: Access, acks: Any, places: Any) -> None:
-        self._remove(access, homes.to_remove(acks, places))
-
-    patch(Homes, "remove_refused", remove_refused)
-
-
-@_mutation("stand-in")
-def stand_in_is_a_home(patch: Patch) -> None:
-    """A change that the home that is left and the stand-in took needs no SQL."""
-    real = saving.sql_need
-
-    def sql_need(live: Live, **kwargs: Any) -> SqlNeed:
-        if live.standing is Standing.STOOD_IN:
-            live = replace(live, standing=Standing.AGREED)
-        return real(live, **kwargs)
-
-    judge = saving.judge_acks
-
-    def judge_acks(acks: Any, **kwargs: Any) -> Outcome:
-        return judge(acks, **{**kwargs, "homes": tuple(acks) or kwargs["homes"]})
-
-    patch(saving, "sql_need", sql_need)
-    patch(saving, "judge_acks", judge_acks)
-
-
-@_mutation("stand-in")
-def stand_in_alone(patch: Patch) -> None:
-    """The stand-in's word is taken where the home that is left differs."""
-    real = stand_in.agreed
-
-    def agreed(copies: Sequence[Record], *rest: Any) -> Record | None:
-        return real([copies[-1]] * len(copies), *rest) if copies else None
-
-    patch(stand_in, "agreed", agreed)

@@ -486,7 +486,7 @@ _ADJUSTED: dict[str, Callable[[Plan, Random], Plan]] = {
     **more.ADJUSTED,
 }
 
-#: Classes in which every session lives on a and b, so that c stands in for both.
+#: Classes in which every session lives on a and b, and c is nobody's home.
 ON_TWO = ("stand-in", "stand-in+full", "split", *more.ON_TWO)
 
 
