@@ -58,9 +58,6 @@ MAX_WAIT = 86400.0
 #: serves nobody, and a hung node may cost a process three of these.
 MAX_NODE_TIMEOUT = 60.0
 
-#: The longest trust in a lone copy: that late a logout may take effect.
-MAX_OUTAGE_TRUST = 10.0
-
 #: The longest key prefix. A memcached key has at most 250 bytes, of which the
 #: digest of the session id takes 64; the rest stays for keys made from this one.
 MAX_PREFIX_LENGTH = 100
@@ -116,7 +113,6 @@ class Settings:
     request_budget: float
     sql_timeout: float
     sql_concurrency: int
-    outage_trust: float
     key_prefix: str
     table: str
     bind_key: str | None
@@ -286,7 +282,6 @@ _KEYS: Mapping[str, tuple[Any, _Rule]] = MappingProxyType(
         "request_budget": (1.0, _WAIT),
         "sql_timeout": (0.5, _WAIT),
         "sql_concurrency": (8, _whole(1)),
-        "outage_trust": (0, _seconds(0, MAX_OUTAGE_TRUST)),
         "key_prefix": ("session:", _PREFIX_TEXT),
         "table": ("resilient_sessions", _TABLE_NAME),
         "bind_key": (None, _optional(_ANY_TEXT)),

@@ -23,7 +23,6 @@ class Ender:
         self._durable = steps.durable
         self._clock = steps.clock
         self._observer = steps.observer
-        self._trust = steps.trust
 
     def end(
         self,
@@ -43,7 +42,6 @@ class Ender:
         :param in_debt: whether both homes are enough while SQL is unreachable.
         :returns: names of the nodes that did not take the tombstone.
         """
-        self._trust.forget(access.session_key, self._clock.monotonic())
         homes = self._homes.names(access)
         names = tuple(dict.fromkeys((*homes, *also)))
         tombstone = Tombstone("ended", self._clock.now_ms())

@@ -277,7 +277,6 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         clock=clock,
         random=chance,
         observer=observer,
-        outage_trust=settings.outage_trust,
     )
     keys = Keys(settings)
     interface = ResilientSessionInterface(settings, store, keys, clock, observer)

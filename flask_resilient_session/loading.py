@@ -28,11 +28,7 @@ from .replication import (
     live_copies,
     torn,
 )
-from .times import (
-    expires_ms,
-    overdue,
-)
-from .trust import Trust
+from .times import overdue
 
 #: The log says at most this often that workers differ in their nodes.
 _NOTICE_SECONDS: Final = 60.0
@@ -43,21 +39,13 @@ class Loader:
 
     :param homes: its copies.
     :param durable: its row.
-    :param trust: remembers what SQL vouched for.
     """
 
     def __init__(
-        self,
-        homes: Homes,
-        durable: Durable,
-        *,
-        trust: Trust,
-        clock: Clock,
-        observer: Observer,
+        self, homes: Homes, durable: Durable, *, clock: Clock, observer: Observer
     ) -> None:
         self._homes = homes
         self._durable = durable
-        self._trust = trust
         self._next_notice = clock.monotonic()
         self._clock = clock
         self._observer = observer
@@ -77,8 +65,6 @@ class Loader:
             self._notice_other_homes(access, replies)
         if isinstance(verdict, Gone):
             return self._spread(access, verdict)
-        if verdict is None and not ask_sql:
-            verdict = self._trusted(access, replies)
         if verdict is None or ask_sql:
             return self._widen(access, replies)
         if overdue(verdict.record, access.timing, self._clock.now_ms()):
@@ -90,14 +76,6 @@ class Loader:
         """What these nodes hold for a session; changes nothing."""
         return self._homes.read(access, names)
 
-    def _trusted(self, access: Access, replies: Mapping[str, Reply]) -> Live | None:
-        """The lone copy while a home is down, if SQL vouched for it just now."""
-        now = self._clock.monotonic()
-        record = self._trust.trusted(access.session_key, replies, now)
-        if record is None or expires_ms(record, access.timing) <= self._clock.now_ms():
-            return None
-        return confirmed(record, replies)
-
     def _widen(
         self,
         access: Access,
@@ -108,7 +86,6 @@ class Loader:
 
         :param otherwise: what they did settle, for when SQL does not answer.
         """
-        asked = self._clock.monotonic()
         row = self._durable.read(access)
         if otherwise is not None and isinstance(row, SqlSilent):
             self._observer.count("loaded_from_memory")
@@ -123,7 +100,6 @@ class Loader:
         elif verdict.standing is Standing.UNVERIFIED:
             self._observer.count("loaded_unverified")
         else:
-            self._trust.vouch(access.session_key, verdict.record, asked)
             self._observer.count("loaded_from_sql")
             self._observer.send(session_recovered, session=short(access.session_key))
         return verdict
@@ -150,7 +126,6 @@ class Loader:
 
     def _spread(self, access: Access, gone: Gone) -> Gone:
         """Tell the nodes that a session is gone, and pay a tombstone's debt to SQL."""
-        self._trust.forget(access.session_key, self._clock.monotonic())
         tombstone, names = gone.tombstone, gone.spread
         if tombstone is None:
             self._homes.note_missing(access, gone.noted_at, self._clock.now_ms())

@@ -54,7 +54,6 @@ class Mover:
         self._durable = steps.durable
         self._clock = steps.clock
         self._observer = steps.observer
-        self._trust = steps.trust
 
     def move(
         self,
@@ -74,7 +73,6 @@ class Mover:
         :returns: the new session, or Gone: the old one was dead already and there is
             no new one.
         """
-        self._trust.forget(old.session_key, self._clock.monotonic())
         for _ in range(MAX_ATTEMPTS):
             if live.standing is Standing.UNVERIFIED:
                 raise self._steps.not_kept(old, "SQL does not answer")

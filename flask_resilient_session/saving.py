@@ -48,7 +48,6 @@ class Saver:
         self._durable = steps.durable
         self._clock = steps.clock
         self._observer = steps.observer
-        self._trust = steps.trust
         self._turns = steps.turns
 
     # --- create ------------------------------------------------------------------
@@ -209,14 +208,12 @@ class Saver:
     def _write_row(self, access: Access, record: Record, need: SqlNeed) -> Record:
         """Write the row; a row that is not as the record knows it is a conflict."""
         can_wait = need is SqlNeed.DUE
-        asked = self._clock.monotonic()
         if record.never_synced:
             synced = self._durable.insert(access, record, can_wait=can_wait)
         else:
             synced = self._durable.update(access, record, can_wait=can_wait)
         if synced is None:
             raise _Conflict(ask_sql=True)
-        self._trust.vouch(access.session_key, synced, asked)
         return synced
 
     def _write_row_now(self, access: Access, live: Live, record: Record) -> Record:

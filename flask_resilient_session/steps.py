@@ -14,7 +14,6 @@ from .errors import SessionTooLarge, SessionUnavailable, SqlUnavailable
 from .events import Observer, logger, short
 from .homes import Homes
 from .record import NONCE_BITS, Record, apply_changes
-from .trust import Trust
 from .turns import Turns
 
 #: What a request did to a session: key -> encoded value, or None to delete it.
@@ -37,7 +36,6 @@ class Steps:
 
     :ivar homes: the copies of sessions.
     :ivar durable: their rows.
-    :ivar trust: remembers what SQL vouched for.
     :ivar turns: lines up requests of this process that have met in a session.
     :ivar max_bytes: largest encoded session.
     :ivar random: nonces of stamps.
@@ -45,7 +43,6 @@ class Steps:
 
     homes: Homes
     durable: Durable
-    trust: Trust
     turns: Turns
     max_bytes: int
     clock: Clock

@@ -19,7 +19,6 @@ from .loading import Loader
 from .moving import Mover
 from .saving import Saver
 from .steps import Changes, Steps
-from .trust import Trust
 from .turns import Turns
 
 
@@ -33,8 +32,6 @@ class Store:
     :param durable: their rows.
     :param max_bytes: largest encoded session.
     :param random: nonces of stamps.
-    :param outage_trust: seconds for which a lone copy is trusted while its other home
-        is down, after SQL vouched for it.
     :param turns: lines up requests of this process that have met in a session.
     """
 
@@ -47,23 +44,14 @@ class Store:
         clock: Clock,
         random: random_module.Random,
         observer: Observer,
-        outage_trust: float = 0,
         turns: Turns | None = None,
     ) -> None:
         self.homes = homes
         self.durable = durable
-        trust = Trust(outage_trust)
         steps = Steps(
-            homes,
-            durable,
-            trust,
-            turns or Turns(),
-            max_bytes,
-            clock,
-            random,
-            observer,
+            homes, durable, turns or Turns(), max_bytes, clock, random, observer
         )
-        loader = Loader(homes, durable, trust=trust, clock=clock, observer=observer)
+        loader = Loader(homes, durable, clock=clock, observer=observer)
         saver = Saver(steps, loader)
         ender = Ender(steps)
         mover = Mover(steps, loader, saver)
@@ -79,7 +67,6 @@ class Store:
         """Start anew in a forked child: locks that others hold there stay held."""
         self.homes.cluster.renew()
         self.durable.renew()
-        self._steps.trust.renew()
         self._steps.turns.renew()
         self._steps.observer.stats.renew()
 

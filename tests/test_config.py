@@ -40,7 +40,6 @@ DEFAULTS: dict[str, Any] = {
     "request_budget": 1.0,
     "sql_timeout": 0.5,
     "sql_concurrency": 8,
-    "outage_trust": 0.0,
     "key_prefix": "session:",
     "table": "resilient_sessions",
     "bind_key": None,
@@ -74,7 +73,6 @@ ALLOWED = {
     "request_budget": WAIT,
     "sql_timeout": WAIT,
     "sql_concurrency": "a whole number of at least 1",
-    "outage_trust": "a number of seconds or a timedelta, from 0 to 10",
     "key_prefix": "at most 100 printable ASCII characters without whitespace",
     "table": "1 to 63 letters, digits and underscores",
     "bind_key": "a text that is not empty, or None",
@@ -144,7 +142,6 @@ VALID: dict[str, list[tuple[Any, Any]]] = {
     "request_budget": [*WAITS, (86400, 86400.0)],
     "sql_timeout": [*WAITS, (86400, 86400.0)],
     "sql_concurrency": [(1, 1), ("16", 16), (1000, 1000)],
-    "outage_trust": [(0, 0.0), ("0", 0.0), (timedelta(0), 0.0)],
     "key_prefix": [*TEXTS, ("", ""), ("none", "none"), ("a" * 100, "a" * 100)],
     "table": [*TEXTS[:2], ("T_1", "T_1"), ("t" * 63, "t" * 63)],
     "bind_key": [*TEXTS, *NONES],
@@ -173,7 +170,6 @@ INVALID: dict[str, list[Any]] = {
     "request_budget": NO_WAIT,
     "sql_timeout": NO_WAIT,
     "sql_concurrency": [*NO_COUNT, *NO_NUMBER],
-    "outage_trust": [-1, 10.1, timedelta(seconds=11), *NO_NUMBER],
     "key_prefix": [None, "a b", "a\n", "\x7f", "é", "a" * 101, *NO_TEXT],
     "table": [None, "", "a.b", "a-b", "a b", "a\n", "é", "t" * 64, 2.5, *NO_TEXT],
     "bind_key": NO_TEXT,
@@ -286,9 +282,9 @@ def test_node_errors_name_the_entry() -> None:
         ("encrypt", True, "use False; encryption at rest is not available"),
         ("encrypt", "true", "use False; encryption at rest is not available"),
         ("encrypt", "yes", "use False; encryption at rest is not available"),
-        ("outage_trust", 5, "use 0; trusting a copy during an outage is not"),
-        ("outage_trust", timedelta(seconds=1), "use 0; trusting a copy during an"),
-        ("outage_trust", 11, "use 0; trusting a copy during an outage is not"),
+        ("reap_grace", 5, "use 60; another grace is not available"),
+        ("reap_grace", timedelta(seconds=1), "use 60; another grace is not"),
+        ("reap_grace", -1, "use 60; another grace is not available"),
     ],
 )
 def test_unavailable_features(
@@ -297,7 +293,7 @@ def test_unavailable_features(
     """A setting for a feature that is not built is refused with the reason."""
     reasons = {
         full("encrypt"): "encryption at rest is not available",
-        full("outage_trust"): "trusting a copy during an outage is not available",
+        full("reap_grace"): "another grace is not available",
     }
     monkeypatch.setattr(config, "UNAVAILABLE_FEATURES", reasons)
     error = refused({full(field): value})
@@ -308,8 +304,8 @@ def test_unavailable_features(
 @pytest.mark.usefixtures("everything_built")
 def test_features_once_built() -> None:
     """Without an entry in the table of missing features, their range applies."""
-    settings = load(encrypt=True, outage_trust=10)
-    assert (settings.encrypt, settings.outage_trust) == (True, 10.0)
+    settings = load(encrypt=True, reap_grace=10)
+    assert (settings.encrypt, settings.reap_grace) == (True, 10.0)
 
 
 def test_unavailable_features_exist() -> None:

@@ -528,37 +528,6 @@ def test_revoked_under_way(lab: Lab) -> None:
     assert all_over(lab, user) == [DEAD] * 3
 
 
-# --- trust during an outage ------------------------------------------------------
-
-
-@each_end
-@each_home
-def test_trusted_copy(
-    nodes: list[Memcached], lab_database: LabDatabase, home: str, end: End, remains: str
-) -> None:
-    """A copy trusted during an outage serves an ended session no longer than that."""
-    config = HASTY | {"RESILIENT_SESSION_OUTAGE_TRUST": 1.0}
-    with new_lab(nodes, lab_database, **config) as lab:
-        user = lab.member(x=1)
-        worker, wires = lab.wired_worker()
-        remote = user.at(worker)
-        wires[lab.name(user, home)].refuse()
-        assert remote.sees() == MEMBER
-        late = ended(end, user)
-        # Both homes were told, the one that the other worker reaches too.
-        assert remote.sees() == {}
-        lab.restart(late, OTHER[home])
-        _passes_at(worker, 1.1)
-        assert remote.sees() == {}
-
-
-def _passes_at(worker: Worker, seconds: float) -> None:
-    """Let time pass for what a worker measures in seconds, such as trust."""
-    clock = worker.state.clock
-    monotonic = clock.monotonic
-    clock.monotonic = lambda: monotonic() + seconds
-
-
 # --- late packets ----------------------------------------------------------------
 
 

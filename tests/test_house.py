@@ -46,7 +46,6 @@ LEVELS = {
     # what spares SQL some work
     "flights": 2,
     "turns": 3,
-    "trust": 2,
     # all copies, the row
     "cluster": 3,
     "homes": 6,

@@ -178,34 +178,6 @@ def test_only_the_sessions_of_a_dead_node_cost_sql(
         outage.ends()
 
 
-def test_trust_asks_once_per_session_and_process(
-    three_nodes: list[Memcached], lab_database: LabDatabase
-) -> None:
-    """With RESILIENT_SESSION_OUTAGE_TRUST a process asks once in that time."""
-    config = {**PATIENT, "RESILIENT_SESSION_OUTAGE_TRUST": 10}
-    with new_lab(three_nodes, lab_database, **config) as lab:
-        other = lab.new_worker()
-        users = [lab.member() for _ in range(60)]
-        down = NAMES[1]
-        lab.servers[down].kill()
-        hit = [user.session_key for user in users if down in homes(lab, user)]
-        statements = Statements(lab.worker), Statements(other)
-        for _ in range(3):
-            everybody(lab, users, reads)
-            everybody(lab, [user.at(other) for user in users], reads)
-        for one in statements:
-            assert one.take() == {("SELECT", key): 1 for key in hit}
-
-        one_by_one(users, writes)
-        everybody(lab, users, reads)
-        assert statements[0].take() == {("UPDATE", key): 1 for key in hit}
-
-        # What the other process vouched for is not what stands there now.
-        answers = everybody(lab, [user.at(other) for user in users], reads)
-        assert {answer.data["count"] for answer in answers} == {1}
-        assert statements[1].take() == {("SELECT", key): 1 for key in hit}
-
-
 def test_a_herd_asks_once_more_than_the_first(
     three_nodes: list[Memcached], lab_database: LabDatabase
 ) -> None:

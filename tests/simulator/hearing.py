@@ -1,11 +1,10 @@
 """What a request may not have heard of yet, where that is what is promised.
 
-Three promises have a time in them. An end that no home could be told is known to those
-that reach both at their next sync. While a home is down a copy that SQL vouched for may
-be trusted for some seconds. And while new nodes are rolled out, a worker may go on with
-the old pair of homes until its next sync, should the one node fail that both pairs have
-in common. The last two allow a request to miss what others were told lately: never what
-its own process was told, and never for longer.
+Two promises have a time in them. An end that no home could be told is known to those
+that reach both at their next sync. And while new nodes are rolled out, a worker may go
+on with the old pair of homes until its next sync, should the one node fail that both
+pairs have in common. The second allows a request to miss what others were told lately:
+never what its own process was told, and never for longer.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ class Moment(NamedTuple):
     """
 
     process: int
-    mono: float
     wall_ms: int
     blind: bool = False
 
@@ -96,7 +94,7 @@ class Hearing:
     def note(self, process: int, *, blind: bool = False) -> None:
         """A request of this process is told something now."""
         world = self._world
-        self._moments[world.step] = Moment(process, world.now, world.now_ms, blind)
+        self._moments[world.step] = Moment(process, world.now_ms, blind)
 
     def note_gone(self, name: str, process: int) -> None:
         """What it is told is that a session was ended."""

@@ -31,7 +31,6 @@ from flask_resilient_session.record import (
     Miss,
     Record,
     Tombstone,
-    Unreachable,
     drop_markers,
 )
 from flask_resilient_session.replication import (
@@ -44,7 +43,6 @@ from flask_resilient_session.replication import (
 )
 from flask_resilient_session.saving import Saver
 from flask_resilient_session.times import refresh_due
-from flask_resilient_session.trust import Trust
 from flask_resilient_session.wire import Ack, Set
 
 
@@ -338,55 +336,6 @@ def reaper_asks_nobody(patch: Patch) -> None:
 def rows_never_renewed(patch: Patch) -> None:
     """What memcached forgets after 30 days is not brought to SQL before."""
     patch(reaper, "LONGEST_IN_MEMORY_MS", 1 << 60)
-
-
-# --- trusting a lone copy ----------------------------------------------------------
-
-
-@_mutation("trust")
-def trust_never_ends(patch: Patch) -> None:
-    """What SQL vouched for once is trusted for as long as its other home is down."""
-    real = Trust.vouch
-
-    def vouch(self: Trust, session_key: str, record: Record, now: float) -> None:
-        real(self, session_key, record, now + 1_000_000)
-
-    patch(Trust, "vouch", vouch)
-
-
-@_mutation("trust+two")
-def trusted_beside_a_miss(patch: Patch) -> None:
-    """A lone copy is trusted where its other home answers and holds nothing."""
-    real = Trust.trusted
-
-    def trusted(self: Trust, session_key: str, replies: Any, now: float) -> Any:
-        down = {
-            name: Unreachable("") if isinstance(reply, Miss) else reply
-            for name, reply in replies.items()
-        }
-        return real(self, session_key, down, now)
-
-    patch(Trust, "trusted", trusted)
-
-
-@_mutation("trust")
-def any_state_trusted(patch: Patch) -> None:
-    """A lone copy is trusted though it is not what SQL vouched for."""
-
-    def trusted(self: Trust, session_key: str, replies: Any, now: float) -> Any:
-        vouched = self._vouched.get(session_key)
-        copies = [reply.copy for reply in replies.values() if isinstance(reply, Hit)]
-        if vouched is not None and len(copies) == 1 and now < vouched.until:
-            return copies[0] if isinstance(copies[0], Record) else None
-        return None
-
-    patch(Trust, "trusted", trusted)
-
-
-@_mutation("trust+two")
-def ended_still_trusted(patch: Patch) -> None:
-    """A worker trusts what it has ended itself."""
-    patch(Trust, "forget", lambda self, session_key, now: None)
 
 
 # --- rotating the key --------------------------------------------------------------

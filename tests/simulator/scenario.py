@@ -142,7 +142,6 @@ class Worker:
             clock=clock,
             random=world.rng,
             observer=observer,
-            outage_trust=run.plan.trust,
             turns=Turns(partial(Landing, world)),
         )
         self.timing = run.plan.timing_of(index)
@@ -172,19 +171,12 @@ class Worker:
 
         :param full: those that would have refused anyway.
         """
-        homes, suspects = (
-            self.homes_of(session_key),
-            self.store.homes.cluster.suspects(),
-        )
+        homes = self.homes_of(session_key)
+        suspects = self.store.homes.cluster.suspects()
         return all(
             name in suspects or self.nodes[name].faults > before or (full and full[i])
             for i, (name, (before, _)) in enumerate(zip(homes, faults, strict=True))
         )
-
-    def skips(self, session_key: str) -> bool:
-        """Whether it skips one of the session's homes."""
-        suspects = self.store.homes.cluster.suspects()
-        return not suspects.isdisjoint(self.homes_of(session_key))
 
     def doubts_sql(self, since: int = 1 << 60) -> bool:
         """Whether it skips SQL, or a call of its failed since this step."""
@@ -710,17 +702,10 @@ class Run:
     def _reader(self, worker: Worker, session: Session) -> Reader:
         """What a request that begins now may miss."""
         world, timing, key = self.world, self.plan.timing, session.key
-        mono, wall_ms = world.now, world.now_ms
-        skipped, faults = worker.skips(key), worker.faults(key)
+        wall_ms, faults = world.now_ms, worker.faults(key)
         # In use it meets SQL at its next sync; after a rest it asks first.
         sync_ms = self.plan.longest_sync_ms or timing.refresh_ms
         sync_ms = 2 * (sync_ms + self.history.skew_ms) + IN_FLIGHT_MS
-
-        def home_down() -> bool:
-            return skipped or worker.skips(key) or worker.faults(key) != faults
-
-        def trusted(moment: Moment) -> bool:
-            return moment.mono > mono - self.plan.trust
 
         def at_risk() -> bool:
             return self.rollout.at_risk(key)
@@ -749,8 +734,6 @@ class Run:
             Excuse(blind, in_memory_only, own=True),
             Excuse(lambda: key in self.blindly, told_to_sql, own=True),
         ]
-        if self.plan.trust:
-            excuses.append(Excuse(home_down, trusted))
         return self.hearing.reader(session.name, worker.process, excuses)
 
     def _check_places(
