@@ -6,7 +6,6 @@ Between the store's records and the cluster's bytes: placement, seals, times to 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 from .access import Access
 from .cluster import Cluster
@@ -15,10 +14,6 @@ from .replication import to_remove
 from .ring import Ring
 from .times import expires_ms, exptime_seconds, tombstone_expires_ms
 from .wire import Ack, Request
-
-#: How long the homes remember that SQL knows no such session: a genuine cookie of a
-#: session that is gone costs one SQL read in this time, and not one per request.
-MISSING_SECONDS: Final = 3600
 
 
 class Homes:
@@ -124,22 +119,6 @@ class Homes:
         # set; it is removed all the same, since not every version keeps to that.
         self._remove(access, [n for n, ack in acks.items() if ack is Ack.REFUSED])
         return acks
-
-    def note_missing(
-        self, access: Access, places: Mapping[str, Token | None], now_ms: int
-    ) -> None:
-        """Remember for a while that SQL knows no such session.
-
-        Only where ``places`` were read: what was written since stays.
-        """
-        tombstone = Tombstone("ended", now_ms)
-        data = access.keyring.seal(access.session_key, tombstone)
-        requests = [
-            (name, self.cluster.place(access.session_key, data, MISSING_SECONDS, token))
-            for name, token in places.items()
-        ]
-        if requests:
-            self.cluster.write(requests, access.deadline)
 
     def remove_refused(
         self,

@@ -183,7 +183,7 @@ class ResilientSessionInterface(SessionInterface):
     ) -> Cookie:
         """The session is empty: nothing to store, perhaps something to end."""
         if not session.modified:
-            return Cookie.LEAVE
+            return Cookie.DELETE if _lost(visit.found) else Cookie.LEAVE
         if live is not None:
             self.store.end(visit.access_for_saving(), live)
             return Cookie.DELETE
@@ -254,6 +254,14 @@ class ResilientSessionInterface(SessionInterface):
     def _drop(self, changes: Mapping[str, bytes | None]) -> None:
         if changes:
             self.observer.count("dropped_changes")
+
+
+def _lost(found: object) -> bool:
+    """Whether nobody knows the session, so that its cookie only costs.
+
+    One that ended or moved keeps it: the browser may have the next one already.
+    """
+    return isinstance(found, Gone) and found.reason == "missing" and not found.held
 
 
 def _answer_instead(

@@ -65,12 +65,26 @@ class Loader:
             self._notice_other_homes(access, replies)
         if isinstance(verdict, Gone):
             return self._spread(access, verdict)
-        if verdict is None or ask_sql:
+        if verdict is None:
             return self._widen(access, replies)
+        if ask_sql:
+            found = self._widen(access, replies)
+            if isinstance(found, Gone) and found.reason == "missing":
+                self._doubt(access, verdict)
+            return found
         if overdue(verdict.record, access.timing, self._clock.now_ms()):
             return self._widen(access, replies, otherwise=verdict)
         self._observer.count("loaded_from_memory")
         return verdict
+
+    def _doubt(self, access: Access, agreed: Live) -> None:
+        """Let SQL be asked before this pair is believed again.
+
+        SQL does not know the session, and the pair would go on to serve it until its
+        next sync. Nothing is buried: the row may come back.
+        """
+        record = replace(agreed.record, synced_ms=0)
+        self._homes.write(access, record, agreed.places, self._clock.now_ms())
 
     def peek(self, access: Access, names: Sequence[str]) -> dict[str, Reply]:
         """What these nodes hold for a session; changes nothing."""
@@ -119,7 +133,7 @@ class Loader:
             # Somebody inserted it meanwhile, and that row has the last word.
             row = self._durable.read(access)
             if isinstance(row, RowMissing):
-                return Gone("missing")
+                return Gone("missing", held=True)
         verdict = judge_row(replies, row, access.timing, self._clock.now_ms())
         assert not isinstance(verdict, InsertFirst)
         return verdict
@@ -128,7 +142,6 @@ class Loader:
         """Tell the nodes that a session is gone, and pay a tombstone's debt to SQL."""
         tombstone, names = gone.tombstone, gone.spread
         if tombstone is None:
-            self._homes.note_missing(access, gone.noted_at, self._clock.now_ms())
             return gone
         if tombstone.debt:
             paid = replace(tombstone, debt=False)

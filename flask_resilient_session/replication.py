@@ -73,15 +73,15 @@ class Gone:
     :ivar ended_ms: when it was ended or moved; 0 otherwise.
     :ivar tombstone: what to write to the homes named in ``spread``; None where nobody
         needs to be told, or may be.
-    :ivar noted_at: homes, as in :class:`Live`, where it can be noted that SQL knows
-        no such session.
+    :ivar held: a home holds, or may hold, a live copy of what SQL does not know. Should
+        the row come back, as after a wrong backup, so does the session.
     """
 
     reason: EndReason | Literal["expired", "missing"]
     ended_ms: int = 0
     tombstone: Tombstone | None = None
     spread: tuple[str, ...] = ()
-    noted_at: Mapping[str, Token | None] = field(default_factory=dict)
+    held: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +199,11 @@ def judge_row(
             # Others can read that copy: it may be one that was never synced.
             return Unknown()
         if not copies or not all(copy.never_synced for copy in copies):
-            return Gone("missing", noted_at=places_of(replies))
+            return _missing(replies, timing, now_ms)
         record = join_all(copies)
     elif isinstance(row, RowCorrupt):
         if not copies:
-            return Gone("missing")
+            return _missing(replies, timing, now_ms)
         record = replace(join_all(copies), row_version=row.version)
         record = replace(record, writes=max(record.writes, 1))
     else:
@@ -223,6 +223,20 @@ def judge_row(
     if isinstance(row, RowMissing):
         return InsertFirst(record)
     return confirmed(record, replies)
+
+
+def _missing(replies: Mapping[str, Reply], timing: Timing, now_ms: int) -> Gone:
+    """A session that SQL does not know."""
+    held = any(
+        isinstance(reply, Unreachable)
+        or (
+            isinstance(reply, Hit)
+            and isinstance(reply.copy, Record)
+            and expires_ms(reply.copy, timing) > now_ms
+        )
+        for reply in replies.values()
+    )
+    return Gone("missing", held=held)
 
 
 def confirmed(record: Record, replies: Mapping[str, Reply]) -> Live:

@@ -11,6 +11,7 @@ Servers are shared by all labs, and each lab has a table of its own on one of th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import shutil
 import sqlite3
 from abc import ABC, abstractmethod
@@ -146,7 +147,7 @@ class SqliteFile(LabDatabase):
     def __init__(self, folder: Path) -> None:
         self._linked = LinkedFile(folder)
         self._file = self._linked.real
-        self._backup = folder / "sessions.backup"
+        self._backups = (folder / f"{number}.backup" for number in itertools.count())
         self._writer: sqlite3.Connection | None = None
         real = sa.URL.create("sqlite", database=str(self._file))
         options = {"isolation_level": "AUTOCOMMIT", "poolclass": sa.NullPool}
@@ -182,8 +183,7 @@ class SqliteFile(LabDatabase):
 
     def saved(self) -> Path:
         """A copy of the file as it is now."""
-        shutil.copy(self._file, self._backup)
-        return self._backup
+        return Path(shutil.copy(self._file, next(self._backups)))
 
     def restored(self, backup: Path) -> None:
         """Put the older file in its place."""

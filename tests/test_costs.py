@@ -6,6 +6,7 @@ of times is no round trip: nobody waits for it.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 
 import pytest
@@ -51,6 +52,12 @@ def stranger(site: Site) -> None:
 def forger(site: Site) -> None:
     """Somebody with a cookie that nobody signed."""
     site.browser = site.browser_with("x" * 43 + "." + "y" * 43)
+
+
+def returning(site: Site) -> None:
+    """Somebody with a genuine cookie of a session of which nothing is left."""
+    sid = secrets.token_urlsafe(32)
+    site.browser = site.browser_with(site.signer.sign(sid))
 
 
 def newcomer(site: Site) -> None:
@@ -99,6 +106,8 @@ def log_out(site: Site) -> None:
         (member, 0, log_out, Cost(2, 2)),
         (forger, 0, read, NOTHING),
         (newcomer, 0, read, Cost(1, 1)),
+        (returning, 0, read, Cost(1, 1)),
+        (returning, 0, untouched, NOTHING),
         (member, REFRESH, read, Cost(2, 0)),
     ],
 )

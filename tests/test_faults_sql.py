@@ -460,6 +460,24 @@ def test_restored_to_before_the_session(lab: Lab) -> None:
     assert lab.row(user) is None
 
 
+def test_restored_and_put_right(lab: Lab) -> None:
+    """A wrong backup for a moment: with the row comes all that the homes held."""
+    backup = lab.sql_saved()
+    user = lab.member(x=0)
+    right = lab.sql_saved()
+    assert user.changes(x=1).status == 200
+    lab.sql_restored(backup)
+    lab.pass_time(N)
+    assert user.sees() in ({}, MEMBER)
+    for _ in range(3):
+        assert user.sees() == {}
+    lab.sql_restored(right)
+    assert user.sees() == MEMBER
+    assert lab.row(user) == MEMBER
+    assert user.changes(x=3).status == 200
+    assert user.sees() == MEMBER | {"x": 3}
+
+
 def test_corrupt_row(lab: Lab) -> None:
     """A row that is no record is replaced by what the homes hold, or is gone."""
     user = lab.member(x=1)

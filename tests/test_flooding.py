@@ -8,7 +8,7 @@ import time
 import pytest
 from flask import session
 
-from apps import NOTHING, Site, Sites, TimeMachine, item_of, key_of
+from apps import NOTHING, Cost, Site, Sites, TimeMachine, item_of, key_of
 
 HOUR = 3600
 DAY = 24 * HOUR
@@ -102,42 +102,30 @@ def lost(site: Site) -> None:
     site.browser.set_cookie(name, site.signer.sign(secrets.token_urlsafe(32)))
 
 
-def statements(site: Site, requests: int) -> int:
-    """SQL statements of this many page views."""
-
-    def call() -> None:
-        for _ in range(requests):
-            assert site.data() == {}
-
-    return site.cost(call).statements
-
-
-def test_a_session_that_is_gone_costs_sql_once_an_hour(site: Site) -> None:
-    """One read, then the homes remember it, for an hour as memcached counts it."""
+def test_a_session_that_is_gone_costs_one_read(site: Site) -> None:
+    """One round trip and one statement a page, until the browser drops the cookie."""
     lost(site)
-    assert statements(site, 30) == 1
-    for node in site.nodes:
-        ttl = node.raw_ttl(item_of(site.sid()))
-        assert ttl is not None
-        assert HOUR - 10 < ttl <= HOUR
+    cookie = site.cookie()
+    for _ in range(3):
+        browser = site.browser_with(cookie)
+        assert site.cost(lambda b=browser: site.data(b)) == Cost(1, 1)
+        assert site.cookie(browser) is None
+        assert site.cost(lambda b=browser: site.data(b)) == NOTHING
+    assert site.rows() == {}
 
 
 @pytest.mark.parametrize("home", [0, 1])
-def test_it_costs_sql_once_also_with_a_home_down(site: Site, home: int) -> None:
-    """The home that is left remembers it."""
+def test_it_costs_the_same_with_a_home_down(site: Site, home: int) -> None:
+    """The home may hold what SQL does not know, so that the cookie stays."""
     lost(site)
     site.nodes[home].kill()
-    assert statements(site, 30) == 1
-
-
-def test_it_is_remembered_by_other_workers(site: Site, sites: Sites) -> None:
-    """What one worker learnt from SQL the others find in the homes."""
-    lost(site)
-    assert statements(site, 1) == 1
-    other = sites()
-    other.browser = other.browser_with(site.cookie())
-    other.set(other.browser_with(None), warm=True)
-    assert statements(other, 10) == 0
+    site.data()  # this process learns of it
+    for _ in range(3):
+        assert site.cost(site.data) == Cost(1, 1)
+    site.nodes[home].start()
+    site.state.store.renew()
+    site.data()
+    assert site.cookie() is None
 
 
 def test_a_session_that_expired_is_not_buried_on_a_clocks_word(

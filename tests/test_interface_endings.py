@@ -197,6 +197,78 @@ def test_arriving_moved_and_logging_in_gets_a_session(site: Site) -> None:
     assert site.data(stale) == {"_user_id": "8"}
 
 
+# --- nobody knows it -------------------------------------------------------------
+
+
+@pytest.fixture
+def lost(site: Site) -> Site:
+    """A genuine cookie, and neither nodes nor SQL know its session."""
+    site.set(a=1)
+    for node in site.nodes:
+        node.flush()
+    return site
+
+
+def test_a_cookie_that_nobody_knows_is_deleted(lost: Site) -> None:
+    """By the first page that uses the session and stores nothing."""
+    assert "Set-Cookie" not in lost.browser.get("/plain").headers
+    response = lost.browser.get("/")
+    assert response.json == {}
+    assert "Max-Age=0" in response.headers["Set-Cookie"]
+    assert response.headers["Vary"] == "Cookie"
+    assert lost.cookie() is None
+
+
+def test_a_cookie_that_nobody_knows_is_replaced(lost: Site) -> None:
+    """Where the page stores something."""
+    old = lost.cookie()
+    lost.set(b=2)
+    assert lost.cookie() not in (None, old)
+    assert lost.data() == {"b": 2}
+
+
+def test_a_cookie_of_which_nobody_can_say_stays(
+    lost: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQL does not answer: that is no word on the session."""
+    old = lost.cookie()
+    lost.break_sql(monkeypatch)
+    response = lost.browser.get("/")
+    assert response.status_code == 503
+    assert "Set-Cookie" not in response.headers
+    monkeypatch.undo()
+    assert lost.cookie() == old
+
+
+def test_a_cookie_of_a_session_that_ended_or_moved_stays(site: Site) -> None:
+    """The browser may have its next one already."""
+    site.set(a=1)
+    moved = site.browser_with(site.cookie())
+    site.visit(lambda: session.regenerate())
+    ended = site.browser_with(site.cookie())
+    site.visit(lambda: session.clear())
+    for browser in (moved, ended):
+        response = browser.get("/")
+        assert response.json == {}
+        assert "Set-Cookie" not in response.headers
+
+
+def test_a_cookie_of_a_session_that_a_node_still_holds_stays(
+    site: Site, clock: TimeMachine
+) -> None:
+    """SQL lost the row, and may find it again."""
+    site.set(_user_id="7", a=1)
+    with site.state.sql.engine.begin() as connection:
+        connection.execute(site.state.sql.table.delete())
+    clock.forward(1000)
+    response = site.browser.get("/")
+    assert response.json == {}
+    assert "Set-Cookie" not in response.headers
+
+
+# --- time ------------------------------------------------------------------------
+
+
 def test_an_expired_session_is_gone(site: Site, clock: TimeMachine) -> None:
     """Past the idle lifetime there is an empty session, and a new id if it stores."""
     site.set(a=1)

@@ -124,12 +124,13 @@ def test_what_sql_settles(first: str, second: str, row: str) -> None:
             assert verdict == Live(record_, Standing.UNVERIFIED, places(first, second))
     elif row == "missing":
         if not copies or any(not copy.never_synced for copy in copies):
-            known = places(first, second)
-            assert verdict == Gone("missing", noted_at=known)
+            over = {first, second} <= {"expired", "miss", "corrupt"}
+            assert verdict == Gone("missing", held=not over)
         else:
             assert verdict == InsertFirst(joined(*copies))
     elif row == "corrupt" and not copies:
-        assert verdict == Gone("missing")
+        held = "unreachable" in (first, second)
+        assert verdict == Gone("missing", held=held)
     elif row == "corrupt" and all(copy.last_use_ms <= NOW - DAY for copy in copies):
         assert verdict == Gone("expired")
     else:

@@ -19,10 +19,12 @@ from builders import (
     encoded,
     make_site,
     session_key,
+    soon,
 )
 from flask_resilient_session.envelope import CorruptBytes, Keyring, UnknownFormat
 from flask_resilient_session.errors import SessionUnavailable
 from flask_resilient_session.replication import Gone, Standing, Unknown
+from flask_resilient_session.rows import Row
 from servers import Memcached, ServerError
 
 HOMES = pytest.mark.parametrize("broken", [0, 1], ids=["first_home", "second_home"])
@@ -167,14 +169,59 @@ def test_a_visitor_lost_with_both_homes(site: Site) -> None:
 
 
 def test_a_session_that_sql_has_never_heard_of(site: Site) -> None:
-    """A cookie without a session is asked about once, not at every request."""
+    """A genuine id without a session costs one round trip and one read each time."""
+    for _ in range(2):
+        with site.cost() as cost:
+            assert site.reason() == "missing"
+        assert (cost.round_trips, cost.statements) == (1, 1)
+    assert (site.copies(ALICE), site.row(ALICE)) == ([None, None], None)
+
+
+@pytest.fixture
+def forgotten(site: Site) -> tuple[Site, Row]:
+    """A session whose row is lost, as a sync found out, and the row."""
+    site.create(ALICE, page=1)
+    site.change(ALICE, page=2)
+    row = site.row(ALICE)
+    assert row is not None
+    assert site.sql.table.delete([row], soon()) == [True]
+    site.clock.ahead_ms += site.timing.sync_ms
+    saved = site.change(ALICE, page=3)
+    assert saved == Gone("missing", held=True)
+    return site, row
+
+
+def test_a_session_whose_row_is_lost_is_gone_each_time(
+    forgotten: tuple[Site, Row],
+) -> None:
+    """From the sync that finds it out; its copies are not believed meanwhile."""
+    site, _ = forgotten
+    for _ in range(3):
+        with site.cost() as cost:
+            assert site.reason() == "missing"
+        assert (cost.round_trips, cost.statements) == (1, 1)
+    assert [content(copy) for copy in site.copies(ALICE)] == [{"page": 2}] * 2
+
+
+def test_with_its_row_comes_all_that_memory_held(forgotten: tuple[Site, Row]) -> None:
+    """A database that was empty for a moment ends nobody's session for good."""
+    site, row = forgotten
+    assert site.sql.table.insert(row, soon())
+    assert site.seen() == {"page": 2}
+    site.change(ALICE, page=4)
+    assert site.seen() == site.in_row() == {"page": 4}
     with site.cost() as cost:
-        assert site.reason() == "missing"
-    assert cost.statements == 1
-    with site.cost() as cost:
-        assert site.reason() is not None
+        site.touch()
     assert (cost.round_trips, cost.statements) == (1, 0)
-    assert site.row(ALICE) is None
+
+
+def test_a_lost_row_is_no_news_while_sql_is_silent(
+    forgotten: tuple[Site, Row],
+) -> None:
+    """Two copies that agree are served, as always when SQL does not answer."""
+    site, _ = forgotten
+    site.sql.down = True
+    assert site.seen() == {"page": 2}
 
 
 def test_both_homes_refuse_the_change(tmp_path: Path) -> None:
