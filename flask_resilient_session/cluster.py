@@ -37,9 +37,6 @@ class ExchangeLike(Protocol):
     def receive(self) -> Parsed:
         """The reply."""
 
-    def release_unanswered(self) -> None:
-        """Finish a one-way request."""
-
     def abandon(self) -> None:
         """Close without reading."""
 
@@ -47,9 +44,7 @@ class ExchangeLike(Protocol):
 class NodeLike(Protocol):
     """See :class:`flask_resilient_session.node.Node`."""
 
-    def send(
-        self, request: Request, deadline: float, *, one_way: bool = False
-    ) -> ExchangeLike:
+    def send(self, request: Request, deadline: float) -> ExchangeLike:
         """Send a request."""
 
     def has_idle(self) -> bool:
@@ -155,23 +150,6 @@ class Cluster:
             parsed if isinstance(parsed, Ack) else Ack.UNREACHABLE
             for parsed, _ in self._exchange(requests, deadline)
         ]
-
-    def tell(self, requests: Sequence[tuple[str, Request]], deadline: float) -> None:
-        """Send writes that nobody waits for: whether they were applied is not known.
-
-        The node works through a connection in order, so that a later read on it
-        sees them.
-        """
-        told = False
-        for name, request in requests:
-            if self._breakers[name].suspect:
-                continue  # nobody would learn whether it answers again
-            until = min(self._clock.monotonic() + self._node_timeout, deadline)
-            sent = self._nodes[name].send(request, until, one_way=True)
-            sent.release_unanswered()
-            told = True
-        if told:
-            self._observer.count("one_way_writes")
 
     def _open(
         self,

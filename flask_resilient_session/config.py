@@ -74,6 +74,9 @@ MIN_MAX_BYTES = 1024
 #: tiny values needs more for its stamps: the default leaves as much as it uses.
 MAX_MAX_BYTES = 1_000_000
 
+#: The longest time in which uses are not recorded, where every change is synced.
+_SLACK_MS = 60_000
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -85,7 +88,6 @@ class Timing:
         change is written.
     :param sync_writes: changes after which SQL is written whatever the time
         (a count); None: time alone decides.
-    :param refresh_ms: how often a session in use has its idle time extended.
     :param reap_grace_ms: how long after its expiry a row is left alone.
     """
 
@@ -93,8 +95,16 @@ class Timing:
     absolute_ms: int | None
     sync_ms: int
     sync_writes: int | None
-    refresh_ms: int
     reap_grace_ms: int
+
+    @property
+    def slack_ms(self) -> int:
+        """How often a session in use has its idle time extended.
+
+        With each sync; where every change is synced, once a minute or a tenth of the
+        lifetime, whichever is less.
+        """
+        return self.sync_ms or max(1, min(_SLACK_MS, self.lifetime_ms // 10))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +115,6 @@ class Settings:
     replicas: int
     sync_interval: float
     sync_writes: int | None
-    refresh_interval: float
     absolute_lifetime: float | None
     node_timeout: float
     node_retry: float
@@ -133,18 +142,17 @@ class Settings:
 
         :param lifetime: ``PERMANENT_SESSION_LIFETIME`` as it is now, as a
             timedelta or in seconds.
-        :returns: the sync interval reduced to a quarter of the lifetime and the
-            refresh interval to a tenth of it, where they are larger.
+        :returns: the sync interval reduced to a tenth of the lifetime where it is
+            larger.
         :raises ConfigurationError: the lifetime is not positive.
         """
-        # Numbers rather than the settings as the cache's key: hashing these six
+        # Numbers rather than the settings as the cache's key: hashing these five
         # is far cheaper than hashing every field.
         return _timing(
             lifetime,
             self.absolute_lifetime,
             self.sync_interval,
             self.sync_writes,
-            self.refresh_interval,
             self.reap_grace,
         )
 
@@ -274,7 +282,6 @@ _KEYS: Mapping[str, tuple[Any, _Rule]] = MappingProxyType(
         "replicas": (2, _whole(MIN_REPLICAS, MAX_REPLICAS)),
         "sync_interval": (120, _DURATION),
         "sync_writes": (None, _optional(_whole(1))),
-        "refresh_interval": (60, _DURATION),
         "absolute_lifetime": (None, _optional(_seconds(MIN_WAIT, MAX_DURATION))),
         "node_timeout": (0.25, _seconds(MIN_WAIT, MAX_NODE_TIMEOUT)),
         "node_retry": (1.0, _WAIT),
@@ -363,7 +370,6 @@ def _timing(
     absolute_lifetime: float | None,
     sync_interval: float,
     sync_writes: int | None,
-    refresh_interval: float,
     reap_grace: float,
 ) -> Timing:
     """What :meth:`Settings.timing` answers, from the fields that it depends on."""
@@ -378,9 +384,8 @@ def _timing(
     return Timing(
         lifetime_ms=lifetime_ms,
         absolute_ms=None if absolute is None else _milliseconds(absolute),
-        sync_ms=_at_most(_milliseconds(sync_interval), lifetime_ms // 4),
+        sync_ms=_at_most(_milliseconds(sync_interval), lifetime_ms // 10),
         sync_writes=sync_writes,
-        refresh_ms=_at_most(_milliseconds(refresh_interval), lifetime_ms // 10),
         reap_grace_ms=_milliseconds(reap_grace),
     )
 

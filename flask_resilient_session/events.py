@@ -39,7 +39,6 @@ node_up = _signals.signal("node-up")
 #: Every counter and what it counts.
 COUNTERS: Final[Mapping[str, str]] = {
     "round_trips": "exchanges with nodes that a request waited for, parallel ones once",
-    "one_way_writes": "requests that told their nodes times without waiting",
     "loaded_from_memory": "sessions settled by the nodes alone",
     "loaded_from_sql": "sessions that SQL had to settle",
     "loaded_unverified": "sessions served from one copy while SQL was unreachable",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from .access import Access
 from .cluster import Cluster
-from .record import Copy, Record, Reply, Token, Tombstone
+from .record import Copy, Reply, Token, Tombstone
 from .replication import to_remove
 from .ring import Ring
 from .times import expires_ms, exptime_seconds, tombstone_expires_ms
@@ -92,18 +92,6 @@ class Homes:
             if name in places and Ack.CONFLICT not in acks.values():
                 acks |= self.write(access, copy, {name: places[name]}, now_ms)
         return acks
-
-    def tell(
-        self,
-        access: Access,
-        record: Record,
-        places: Mapping[str, Token | None],
-        now_ms: int,
-    ) -> None:
-        """Like :meth:`write`, but nobody waits, nor learns what became of it."""
-        if places:
-            requests = self.requests(access, record, places, now_ms)
-            self.cluster.tell(requests, access.deadline)
 
     def bury(
         self, access: Access, tombstone: Tombstone, names: Sequence[str]

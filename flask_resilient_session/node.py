@@ -137,9 +137,9 @@ class Exchange:
         #: before the request was sent, so that no later connection passes for older.
         self.read_at = 0
 
-    def send(self, *, one_way: bool = False) -> None:
+    def send(self) -> None:
         """Send the request; a fault is kept for :meth:`receive`."""
-        data = self._request.encode(one_way=one_way)
+        data = self._request.encode()
         with _Faults(self):
             self._connection = self._node.take(self._request, self.deadline)
             if self._connection is not None:
@@ -163,11 +163,6 @@ class Exchange:
             self._release()
             return reply
         raise self._fault or NodeFault("no reply")
-
-    def release_unanswered(self) -> None:
-        """Give the connection back after a one-way request: nothing will come."""
-        if self._fault is None:
-            self._release()
 
     def abandon(self) -> None:
         """Close the connection, whatever is on its way."""
@@ -254,16 +249,13 @@ class Node:
         #: Orders the opening of connections and the reading of tokens.
         self._ticks = itertools.count(1)
 
-    def send(
-        self, request: Request, deadline: float, *, one_way: bool = False
-    ) -> Exchange:
+    def send(self, request: Request, deadline: float) -> Exchange:
         """Send a request; :meth:`Exchange.receive` reads the reply.
 
         :param deadline: monotonic time for the whole exchange, connecting included.
-        :param one_way: ask for no reply; then call ``release_unanswered`` instead.
         """
         exchange = Exchange(self, request, deadline)
-        exchange.send(one_way=one_way)
+        exchange.send()
         return exchange
 
     def has_idle(self) -> bool:

@@ -28,7 +28,7 @@ from .record import (
     join_tombstones,
     same_state,
 )
-from .times import CLOCKS_APART_MS, expires_ms, refresh_due
+from .times import CLOCKS_APART_MS, expires_ms
 from .wire import Ack
 
 #: With fewer homes there is no second opinion: SQL is asked and told every time.
@@ -404,12 +404,10 @@ def sql_need(
         and record.writes + 1 >= timing.sync_writes
     ):
         return SqlNeed.DUE
-    if timing.sync_ms == 0 or homes < PAIR:
-        behind = changed or record.writes > 0
-        due = behind or refresh_due(record, timing, now_ms)
-    else:
-        since_ms = now_ms - record.synced_ms
-        due = since_ms >= timing.sync_ms or since_ms < -CLOCKS_APART_MS
+    if (timing.sync_ms == 0 or homes < PAIR) and (changed or record.writes > 0):
+        return SqlNeed.DUE
+    since_ms = now_ms - record.synced_ms
+    due = since_ms >= timing.slack_ms or since_ms < -CLOCKS_APART_MS
     return SqlNeed.DUE if due else SqlNeed.NONE
 
 

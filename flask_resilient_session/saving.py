@@ -23,7 +23,7 @@ from .replication import (
     sql_need,
 )
 from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
-from .times import refresh_due
+from .times import touch_due
 from .wire import Ack
 
 
@@ -228,23 +228,20 @@ class Saver:
     def _keep_times(
         self, access: Access, live: Live, record: Record, *, in_sql: bool, now_ms: int
     ) -> None:
-        """Tell the homes that an unchanged session was used, and repair them."""
-        refreshed = in_sql or refresh_due(record, access.timing, now_ms)
+        """Tell the homes that an unchanged session was used, and repair them.
+
+        A conflict is dropped: who wrote meanwhile has used it later.
+        """
+        places = {name: live.places[name] for name in live.repairs}
+        if in_sql or touch_due(record, access.timing, now_ms):
+            record = replace(record, last_use_ms=max(record.last_use_ms, now_ms))
+            places = dict(live.places)
         if live.standing is Standing.UNVERIFIED:
             # Nothing is repaired on a guess, but a use during an outage of SQL counts.
-            if refreshed:
-                record = replace(record, last_use_ms=max(record.last_use_ms, now_ms))
-                copies = {n: t for n, t in live.places.items() if t is not None}
-                self._homes.tell(access, record, copies, now_ms)
-            return
-        if refreshed:
-            record = replace(record, last_use_ms=max(record.last_use_ms, now_ms))
-        repairs = {name: live.places[name] for name in live.repairs}
-        acks = self._homes.write(access, record, repairs, now_ms)
+            record = replace(record, homes=live.record.homes)
+            places = {n: t for n, t in places.items() if t is not None}
+        acks = self._homes.write(access, record, places, now_ms)
         self._count_repaired(live, acks)
-        if refreshed:
-            others = {n: t for n, t in live.places.items() if n not in repairs}
-            self._homes.tell(access, record, others, now_ms)
 
     def _count_repaired(self, live: Live, acks: Mapping[str, Ack]) -> None:
         repaired = sum(acks.get(name) is Ack.STORED for name in live.repairs)

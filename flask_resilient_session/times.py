@@ -26,8 +26,11 @@ _SLACK_MS: Final = 60_000
 
 
 def expires_ms(record: Record, timing: Timing) -> int:
-    """When the session ends unless it is used again, in Unix milliseconds."""
-    idle = record.last_use_ms + timing.lifetime_ms
+    """When the session ends unless it is used again, in Unix milliseconds.
+
+    Later uses are recorded once the slack has passed: they may be as much younger.
+    """
+    idle = record.last_use_ms + timing.lifetime_ms + timing.slack_ms
     if timing.absolute_ms is None:
         return idle
     return min(idle, record.created_ms + timing.absolute_ms)
@@ -36,21 +39,17 @@ def expires_ms(record: Record, timing: Timing) -> int:
 def row_expires_ms(record: Record, timing: Timing) -> int:
     """When the row may be looked at by the reaper: never before the session ends.
 
-    The row hears of uses only at syncs, and of unchanged sessions' only when a
-    refresh is due, so it waits that much longer.
+    The row hears of uses when it is synced, so it waits for one slack more.
     """
-    return expires_ms(record, timing) + timing.sync_ms + timing.refresh_ms
+    idle = record.last_use_ms + timing.lifetime_ms + 2 * timing.slack_ms
+    if timing.absolute_ms is None:
+        return idle
+    return min(idle, record.created_ms + timing.absolute_ms)
 
 
 def tombstone_expires_ms(tombstone: Tombstone, timing: Timing) -> int:
     """When no copy of the session that it stands for can still be alive."""
-    return (
-        tombstone.ended_ms
-        + timing.lifetime_ms
-        + timing.sync_ms
-        + timing.refresh_ms
-        + _MARGIN_MS
-    )
+    return tombstone.ended_ms + timing.lifetime_ms + 2 * timing.slack_ms + _MARGIN_MS
 
 
 def exptime_seconds(until_ms: int, timing: Timing, now_ms: int) -> int:
@@ -68,9 +67,9 @@ def synced_at(before_ms: int, now_ms: int) -> int:
     return now_ms if before_ms - now_ms > CLOCKS_APART_MS else max(before_ms, now_ms)
 
 
-def refresh_due(record: Record, timing: Timing, now_ms: int) -> bool:
-    """Whether a use is worth telling the homes."""
-    return now_ms - record.last_use_ms >= timing.refresh_ms
+def touch_due(record: Record, timing: Timing, now_ms: int) -> bool:
+    """Whether a use has to be recorded, or the session would end too early."""
+    return now_ms - record.last_use_ms >= timing.slack_ms
 
 
 def overdue(record: Record, timing: Timing, now_ms: int) -> bool:

@@ -62,8 +62,8 @@ class Request(Protocol):
     #: was applied.
     repeatable: bool
 
-    def encode(self, *, one_way: bool = False) -> bytes:
-        """The bytes to send; ``one_way`` asks the node not to answer."""
+    def encode(self) -> bytes:
+        """The bytes to send."""
 
     def parse(self, data: bytes) -> tuple[Parsed, int] | None:
         """The reply at the start of ``data`` and its length, None if incomplete.
@@ -86,7 +86,7 @@ class Get:
     limit: int
     repeatable = True
 
-    def encode(self, *, one_way: bool = False) -> bytes:
+    def encode(self) -> bytes:
         return b"gets " + self.key.encode("ascii") + _LINE_END
 
     def parse(self, data: bytes) -> tuple[Parsed, int] | None:
@@ -153,8 +153,8 @@ class Add(_Write):
         b"NOT_STORED": Ack.CONFLICT,
     }
 
-    def encode(self, *, one_way: bool = False) -> bytes:
-        return _storage(b"add", self.key, self.data, self.exptime, b"", one_way)
+    def encode(self) -> bytes:
+        return _storage(b"add", self.key, self.data, self.exptime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,9 +176,9 @@ class Cas(_Write):
         b"NOT_FOUND": Ack.CONFLICT,
     }
 
-    def encode(self, *, one_way: bool = False) -> bytes:
+    def encode(self) -> bytes:
         cas = b" %d" % self.cas
-        return _storage(b"cas", self.key, self.data, self.exptime, cas, one_way)
+        return _storage(b"cas", self.key, self.data, self.exptime, cas)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,8 +194,8 @@ class Set(_Write):
         b"NOT_STORED": Ack.REFUSED,
     }
 
-    def encode(self, *, one_way: bool = False) -> bytes:
-        return _storage(b"set", self.key, self.data, self.exptime, b"", one_way)
+    def encode(self) -> bytes:
+        return _storage(b"set", self.key, self.data, self.exptime)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,18 +209,16 @@ class Delete(_Write):
         b"NOT_FOUND": Ack.STORED,
     }
 
-    def encode(self, *, one_way: bool = False) -> bytes:
-        suffix = b" noreply" if one_way else b""
-        return b"delete " + self.key.encode("ascii") + suffix + _LINE_END
+    def encode(self) -> bytes:
+        return b"delete " + self.key.encode("ascii") + _LINE_END
 
 
 def _storage(
-    verb: bytes, key: str, data: bytes, exptime: int, cas: bytes, one_way: bool
+    verb: bytes, key: str, data: bytes, exptime: int, cas: bytes = b""
 ) -> bytes:
     # Flags are always 0: what a client makes of other flags is not ours to decide.
-    suffix = b" noreply" if one_way else b""
     head = b"%s %s 0 %d %d" % (verb, key.encode("ascii"), exptime, len(data))
-    return b"".join((head, cas, suffix, _LINE_END, data, _LINE_END))
+    return b"".join((head, cas, _LINE_END, data, _LINE_END))
 
 
 def _first_line(data: bytes) -> bytes | None:

@@ -37,7 +37,7 @@ COPIES: dict[str, Record | Tombstone] = {
     "elsewhere": replace(SAME, homes=(FIRST_HOME, "stranger")),
     "unverified": replace(SAME, unverified=True),
     "never": replace(SAME, never_synced=True, row_version=0, synced_ms=0),
-    "expired": replace(SAME, last_use_ms=NOW - DAY),
+    "expired": replace(SAME, last_use_ms=NOW - DAY - TIMING.slack_ms),
     "dead": DEAD,
 }
 ANSWERS = (*COPIES, "miss", "unreachable", "corrupt")

@@ -67,13 +67,12 @@ def session_key(name: str) -> str:
 
 
 def timing(**changes: Any) -> Timing:
-    """A lifetime of a day, a sync every minute, a refresh every ten seconds."""
+    """A lifetime of a day, a sync every minute."""
     usual = Timing(
         lifetime_ms=DAY,
         absolute_ms=None,
         sync_ms=60 * SECOND,
         sync_writes=None,
-        refresh_ms=10 * SECOND,
         reap_grace_ms=HOUR,
     )
     return replace(usual, **changes)

@@ -19,10 +19,8 @@ from builders import (
     new_node,
     record,
     session_key,
-    usual_breaker,
 )
 from flask_resilient_session.envelope import CorruptBytes, Keyring
-from flask_resilient_session.events import Observer
 from flask_resilient_session.record import (
     Corrupt,
     Hit,
@@ -175,29 +173,3 @@ def test_equal_copies_are_opened_once(
         server.raw_set(STORED_KEY, b"garbage")
     assert all(isinstance(reply, Corrupt) for reply in read(cluster).values())
     assert unseal(KEYRING, KEY, b"garbage") == CorruptBytes()
-
-
-# --- one way ---------------------------------------------------------------------
-
-
-def test_what_is_told_is_seen_by_the_next_read(nodes: list[Memcached]) -> None:
-    """Nobody waits, yet a read on the same connection comes after it."""
-    observer = Observer(None)
-    cluster = real_pair(nodes, observer=observer)
-    requests = [(name, cluster.place(KEY, SEALED, 60, None)) for name in PAIR]
-    cluster.tell(requests, time.monotonic() + 20)
-    assert observer.stats["round_trips"] == 0
-    assert observer.stats["one_way_writes"] == 1
-    assert all(isinstance(reply, Hit) for reply in read(cluster).values())
-
-
-def test_telling_a_dead_node_hurts_nobody(nodes: list[Memcached]) -> None:
-    """It is skipped, or fails silently, and the other one is told."""
-    cluster = real_pair(nodes, new_breaker=usual_breaker)
-    nodes[0].kill()
-    for _ in range(2):
-        requests = [(name, cluster.bury(KEY, SEALED, 60)) for name in PAIR]
-        cluster.tell(requests, time.monotonic() + 20)
-        replies = read(cluster)
-        assert isinstance(replies[FIRST_HOME], Unreachable)
-        assert isinstance(replies[SECOND_HOME], Hit)

@@ -32,7 +32,6 @@ DEFAULTS: dict[str, Any] = {
     "replicas": 2,
     "sync_interval": 120.0,
     "sync_writes": None,
-    "refresh_interval": 60.0,
     "absolute_lifetime": None,
     "node_timeout": 0.25,
     "node_retry": 1.0,
@@ -65,7 +64,6 @@ ALLOWED = {
     "replicas": "a whole number from 1 to 2",
     "sync_interval": DURATION,
     "sync_writes": "a whole number of at least 1, or None",
-    "refresh_interval": DURATION,
     "absolute_lifetime": LIFETIME,
     "node_timeout": "a number of seconds or a timedelta, from 0.001 to 60",
     "node_retry": WAIT,
@@ -134,7 +132,6 @@ VALID: dict[str, list[tuple[Any, Any]]] = {
     "replicas": [(1, 1), (2, 2), ("1", 1), (2.0, 2)],
     "sync_interval": DURATIONS,
     "sync_writes": [*NONES, (1, 1), ("10", 10), (10.0, 10), (10**6, 10**6)],
-    "refresh_interval": DURATIONS,
     "absolute_lifetime": [*NONES, (86400, 86400.0), ("0.001", 0.001), *DURATIONS[1:]],
     "node_timeout": [*WAITS, (60, 60.0)],
     "node_retry": WAITS,
@@ -162,7 +159,6 @@ INVALID: dict[str, list[Any]] = {
     "replicas": [3, *NO_COUNT, *NO_NUMBER],
     "sync_interval": NO_DURATION,
     "sync_writes": [*NO_COUNT, *NO_OPTIONAL_NUMBER],
-    "refresh_interval": NO_DURATION,
     "absolute_lifetime": [0, -1, timedelta(0), 1e12, *NO_OPTIONAL_NUMBER],
     "node_timeout": [*NO_WAIT, 60.1],
     "node_retry": NO_WAIT,
@@ -487,7 +483,6 @@ def test_timing_of_the_defaults() -> None:
         absolute_ms=None,
         sync_ms=120_000,
         sync_writes=None,
-        refresh_ms=60_000,
         reap_grace_ms=60_000,
     )
 
@@ -498,7 +493,6 @@ def test_timing_of_every_setting() -> None:
         absolute_lifetime=timedelta(hours=8),
         sync_interval=0.5,
         sync_writes=10,
-        refresh_interval=0.25,
         reap_grace=timedelta(days=1),
     )
     assert settings.timing(timedelta(minutes=1)) == Timing(
@@ -506,39 +500,39 @@ def test_timing_of_every_setting() -> None:
         absolute_ms=28_800_000,
         sync_ms=500,
         sync_writes=10,
-        refresh_ms=250,
         reap_grace_ms=86_400_000,
     )
 
 
 @pytest.mark.parametrize(
-    ("lifetime", "sync_ms", "refresh_ms"),
+    ("lifetime", "sync_ms"),
     [
-        (timedelta(seconds=600), 120_000, 60_000),
-        (timedelta(seconds=599), 120_000, 59_900),
-        (timedelta(seconds=480), 120_000, 48_000),
-        (timedelta(seconds=479), 119_750, 47_900),
-        (timedelta(seconds=1), 250, 100),
-        (timedelta(milliseconds=7), 1, 1),
-        (timedelta(milliseconds=1), 1, 1),
+        (timedelta(seconds=1200), 120_000),
+        (timedelta(seconds=1199), 119_900),
+        (timedelta(seconds=1), 100),
+        (timedelta(milliseconds=7), 1),
+        (timedelta(milliseconds=1), 1),
     ],
 )
-def test_reductions(lifetime: timedelta, sync_ms: int, refresh_ms: int) -> None:
-    """Sync is at most a quarter of the lifetime, refresh a tenth, neither ever 0."""
+def test_reductions(lifetime: timedelta, sync_ms: int) -> None:
+    """The sync interval is at most a tenth of the lifetime, and never 0."""
     timing = load_settings({}).timing(lifetime)
-    assert (timing.sync_ms, timing.refresh_ms) == (sync_ms, refresh_ms)
+    assert (timing.sync_ms, timing.slack_ms) == (sync_ms, sync_ms)
 
 
-def test_zero_stays_zero() -> None:
-    """An interval of 0 keeps its meaning, every time."""
-    timing = load(sync_interval=0, refresh_interval=0, reap_grace=0).timing(60)
-    assert (timing.sync_ms, timing.refresh_ms, timing.reap_grace_ms) == (0, 0, 0)
+@pytest.mark.parametrize(
+    ("lifetime", "slack_ms"), [(86_400, 60_000), (600, 60_000), (30, 3000), (0.001, 1)]
+)
+def test_zero_stays_zero(lifetime: float, slack_ms: int) -> None:
+    """An interval of 0 keeps its meaning; uses are recorded all the same."""
+    timing = load(sync_interval=0, reap_grace=0).timing(lifetime)
+    assert (timing.sync_ms, timing.reap_grace_ms) == (0, 0)
+    assert timing.slack_ms == slack_ms
 
 
 def test_tiny_is_not_zero() -> None:
     """An interval below a millisecond does not turn into 0, which means another."""
-    timing = load(sync_interval=0.0001, refresh_interval=0.0001).timing(60)
-    assert (timing.sync_ms, timing.refresh_ms) == (1, 1)
+    assert load(sync_interval=0.0001).timing(60).sync_ms == 1
 
 
 @pytest.mark.parametrize("seconds", [3600, 3600.0, timedelta(hours=1)])
@@ -563,7 +557,7 @@ def test_timing_is_remembered() -> None:
     """The same lifetime gives the same object, and another lifetime another."""
     settings, lifetime = load(sync_interval=33), timedelta(hours=2)
     assert settings.timing(lifetime) is settings.timing(timedelta(hours=2))
-    assert settings.timing(timedelta(seconds=8)).sync_ms == 2000
+    assert settings.timing(timedelta(seconds=8)).sync_ms == 800
     assert load(sync_interval=34).timing(lifetime).sync_ms == 34_000
 
 

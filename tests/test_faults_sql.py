@@ -302,7 +302,7 @@ def test_restarted_home_without_sql(lab: Lab, sql: Trouble, home: str) -> None:
     assert lab.copy(user, home) is None, "repaired without SQL's word"
     lab.pass_time(61)
     assert user.sees() == MEMBER
-    assert lab.copy(user, home) is None, "repaired by a refresh"
+    assert lab.copy(user, home) is None, "repaired by a use"
     assert user.changes(y=2).status == 200
     everything = MEMBER | {"y": 2}
     assert lab.copies(user) == [everything, everything]

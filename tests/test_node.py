@@ -156,23 +156,6 @@ def test_idle_connections_are_bounded(memcached: Memcached) -> None:
     wait_until(lambda: connections(memcached) == IDLE_CONNECTIONS)
 
 
-def test_a_read_after_one_way_writes_sees_them(memcached: Memcached) -> None:
-    """Nobody waits for the writes, and the next read on the connection is no reply
-    to any of them.
-    """
-    node = real_node(memcached)
-    for number in range(50):
-        data = b"%d" % number
-        exchange = node.send(Set("k", data, 60), time.monotonic() + 10, one_way=True)
-        exchange.release_unanswered()
-        assert get(node) == data
-    # One that the server refuses is not answered either.
-    too_large = Set("k", bytes(2_000_000), 60)
-    node.send(too_large, time.monotonic() + 10, one_way=True).release_unanswered()
-    assert get(node) is None
-    assert connections(memcached) == 1
-
-
 def test_a_child_and_its_parent_read_their_own(memcached: Memcached) -> None:
     """A fork with an open connection: neither ever reads the other's reply."""
     node = real_node(memcached)

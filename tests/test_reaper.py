@@ -25,7 +25,7 @@ def site(sites: Sites, clock: TimeMachine) -> Site:
 
 
 def test_nothing_is_looked_at_before_its_time(site: Site, clock: TimeMachine) -> None:
-    """A row outlives its session by the sync and refresh intervals and the grace."""
+    """A row outlives its session by the sync interval and the grace."""
     assert counts(reap(site)) == (0, 0, 0, 0)
     row = site.rows()[key_of(site.sid())]
     assert row.expires_at > clock.now_ms() + LIFETIME * 1000

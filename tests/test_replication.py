@@ -131,7 +131,7 @@ def test_what_sql_settles(first: str, second: str, row: str) -> None:
     elif row == "corrupt" and not copies:
         held = "unreachable" in (first, second)
         assert verdict == Gone("missing", held=held)
-    elif row == "corrupt" and all(copy.last_use_ms <= NOW - DAY for copy in copies):
+    elif row == "corrupt" and all(copy.last_use_ms < NOW - DAY for copy in copies):
         assert verdict == Gone("expired")
     else:
         assert isinstance(verdict, Live)
@@ -254,10 +254,10 @@ NEEDS = [
     (FRESH, True, False, 1, {}, REQUIRED),
     (FRESH, True, False, 0, {}, REQUIRED),
     (FRESH, False, False, 1, {}, NONE),
-    (live(last_use_ms=NOW - 10 * SECOND), False, False, 1, {}, DUE),
+    (STALE, False, False, 1, {}, DUE),
     (FRESH, True, False, 2, {"sync_ms": 0}, DUE),
     (FRESH, False, False, 2, {"sync_ms": 0}, NONE),
-    (live(last_use_ms=NOW - 10 * SECOND), False, False, 2, {"sync_ms": 0}, DUE),
+    (STALE, False, False, 2, {"sync_ms": 0}, DUE),
     (live(writes=1), False, False, 2, {"sync_ms": 0}, DUE),
     (live(writes=1), False, False, 1, {}, DUE),
     (live(writes=1), False, False, 2, {}, NONE),

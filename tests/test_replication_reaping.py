@@ -43,9 +43,9 @@ from flask_resilient_session.replication import RowLive
 from flask_resilient_session.times import (
     expires_ms,
     exptime_seconds,
-    refresh_due,
     row_expires_ms,
     tombstone_expires_ms,
+    touch_due,
 )
 
 BOTH = list(itertools.product(ANSWERS, repeat=2))
@@ -134,18 +134,25 @@ def test_a_silent_home_is_named() -> None:
 def test_expiry_is_idle_or_absolute_whichever_is_first() -> None:
     """Use extends the idle time, never the absolute one."""
     used = record(created_ms=NOW, last_use_ms=NOW + HOUR)
-    assert expires_ms(used, TIMING) == NOW + HOUR + DAY
+    assert expires_ms(used, TIMING) == NOW + HOUR + DAY + TIMING.slack_ms
     assert expires_ms(used, timing(absolute_ms=2 * HOUR)) == NOW + 2 * HOUR
 
 
 def test_rows_and_tombstones_outlive_their_session() -> None:
-    """The row by a sync and a refresh, the tombstone by a full lifetime and more."""
+    """The row by one sync interval, the tombstone by a full lifetime and more."""
     used = record()
-    late = TIMING.sync_ms + TIMING.refresh_ms
+    late = TIMING.slack_ms
     assert row_expires_ms(used, TIMING) == expires_ms(used, TIMING) + late
     ended = Tombstone("ended", NOW)
     # The day is for clocks that differ.
-    assert tombstone_expires_ms(ended, TIMING) == NOW + 2 * DAY + late
+    assert tombstone_expires_ms(ended, TIMING) == NOW + 2 * DAY + 2 * late
+
+
+def test_the_absolute_lifetime_has_no_margin() -> None:
+    """However late the row may hear of a use."""
+    limited = timing(absolute_ms=2 * HOUR)
+    used = record(created_ms=NOW, last_use_ms=NOW + HOUR)
+    assert expires_ms(used, limited) == row_expires_ms(used, limited) == NOW + 2 * HOUR
 
 
 @pytest.mark.parametrize(
@@ -165,7 +172,7 @@ def test_exptime_is_from_1_second_to_30_days(until_ms: int, expected: int) -> No
     assert exptime_seconds(until_ms, TIMING, NOW) == expected
 
 
-def test_a_refresh_is_due_after_its_interval() -> None:
-    """A use is told to the homes no more often than that."""
-    assert not refresh_due(record(last_use_ms=NOW - 10 * SECOND + 1), TIMING, NOW)
-    assert refresh_due(record(last_use_ms=NOW - 10 * SECOND), TIMING, NOW)
+def test_a_use_is_recorded_once_an_interval() -> None:
+    """The homes are told of it no more often than that."""
+    assert not touch_due(record(last_use_ms=NOW - 60 * SECOND + 1), TIMING, NOW)
+    assert touch_due(record(last_use_ms=NOW - 60 * SECOND), TIMING, NOW)

@@ -45,7 +45,7 @@ def test_a_visitors_session(site: Site) -> None:
     assert site.row(ALICE) is None
     with site.cost() as cost:
         site.touch()
-    assert (cost.round_trips, cost.statements) == (1, 1)
+    assert (cost.round_trips, cost.statements) == (2, 1)
     assert site.in_row() == {"page": 1}
     with site.cost() as cost:
         site.touch()
@@ -82,7 +82,7 @@ def test_a_sync_that_is_due(site: Site) -> None:
     site.clock.ahead_ms += 61 * SECOND
     with site.cost() as cost:
         site.touch()
-    assert (cost.round_trips, cost.statements) == (1, 1)
+    assert (cost.round_trips, cost.statements) == (2, 1)
     assert site.in_row() == {"page": 2}
     assert site.live(ALICE).record.row_version == 2
     site.clock.ahead_ms += 61 * SECOND
@@ -95,17 +95,51 @@ def test_a_sync_that_is_due(site: Site) -> None:
     assert (cost.round_trips, cost.statements) == (1, 0)
 
 
-def test_a_refresh_that_is_due(site: Site) -> None:
-    """The homes are told of the use, and nobody waits for it."""
+def test_a_use_is_recorded_though_sql_is_silent(site: Site) -> None:
+    """Once the interval has passed the homes are told, with the sync or without it."""
     before = site.create(ALICE, page=1).record.last_use_ms
-    site.clock.ahead_ms += 11 * SECOND
+    site.clock.ahead_ms += 61 * SECOND
+    site.sql.down = True
     with site.cost() as cost:
         site.touch()
-    assert (cost.round_trips, cost.statements) == (1, 0)
-    assert site.observer.stats["one_way_writes"] == 1
-    assert site.live(ALICE).record.last_use_ms >= before + 11 * SECOND
+    assert cost.round_trips == 2
+    assert site.live(ALICE).record.last_use_ms >= before + 61 * SECOND
+    with site.cost() as cost:
+        site.touch()
+    assert cost.round_trips == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "sync_ms"),
+    [
+        (30, 3 * SECOND),
+        (30, 0),
+        (1800, 120 * SECOND),
+        (1800, 0),
+        (60 * 86_400, 120 * SECOND),
+        (60 * 86_400, 0),
+    ],
+)
+@pytest.mark.parametrize("parts", [0, 1, 2, 5, 9])
+def test_an_idle_lifetime_is_never_cut_short(
+    site: Site, seconds: int, sync_ms: int, parts: int
+) -> None:
+    """Whatever the interval: last use and lifetime, and at most an interval more."""
+    site.timing = replace(site.timing, lifetime_ms=seconds * 1000, sync_ms=sync_ms)
+    site.create(ALICE, page=1)
+    slack_ms = site.timing.slack_ms
+    # Used once more, some part of the interval after the last use that was recorded.
+    site.clock.ahead_ms += slack_ms * parts // 10
     site.touch()
-    assert site.observer.stats["one_way_writes"] == 1
+    used_ms = site.clock.now_ms()
+    site.clock.ahead_ms += seconds * 1000 - 500
+    assert site.seen() == {"page": 1}
+    for home in range(2):
+        assert site.copy(ALICE, home).last_use_ms + seconds * 1000 + slack_ms >= (
+            used_ms + seconds * 1000
+        )
+    site.clock.ahead_ms += slack_ms + 1000
+    assert site.seen() is None
 
 
 @pytest.mark.parametrize("required", [True, False])
@@ -302,7 +336,7 @@ def test_an_expired_session(site: Site) -> None:
     """Gone for the reader, and no tombstone is written on a clock's word."""
     site.timing = replace(site.timing, lifetime_ms=3600 * SECOND)
     site.create(ALICE, page=1)
-    site.clock.ahead_ms += 3601 * SECOND
+    site.clock.ahead_ms += 3661 * SECOND
     assert site.reason() == "expired"
     assert [content(copy) for copy in site.copies(ALICE)] == [{"page": 1}] * 2
     assert site.in_row() == {"page": 1}

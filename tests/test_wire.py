@@ -55,20 +55,17 @@ def test_a_read_asks_for_the_cas_number() -> None:
         (CAS, b"cas ", b" 18446744073709551615"),
     ],
 )
-@pytest.mark.parametrize("one_way", [False, True])
 def test_stores_have_flags_0_and_their_length(
-    request_: Any, start: bytes, cas: bytes, one_way: bool
+    request_: Any, start: bytes, cas: bytes
 ) -> None:
-    """The verb, the key, flags 0, exptime, length, perhaps cas and noreply."""
-    suffix = b" noreply" if one_way else b""
-    expected = start + KEY_BYTES + b" 0 60 4" + cas + suffix + b"\r\ndata\r\n"
-    assert request_.encode(one_way=one_way) == expected
+    """The verb, the key, flags 0, exptime, length, perhaps cas."""
+    expected = start + KEY_BYTES + b" 0 60 4" + cas + b"\r\ndata\r\n"
+    assert request_.encode() == expected
 
 
 def test_a_delete_has_no_time() -> None:
-    """Only the key, and noreply where nobody waits."""
+    """Only the key."""
     assert DELETE.encode() == b"delete " + KEY_BYTES + b"\r\n"
-    assert DELETE.encode(one_way=True) == b"delete " + KEY_BYTES + b" noreply\r\n"
 
 
 def test_bytes_that_look_like_replies_are_sent_as_they_are() -> None:

@@ -245,10 +245,6 @@ class Exchange:
         assert self._reply is not None
         return self._reply
 
-    def release_unanswered(self) -> None:
-        """Nothing will come."""
-        self.node.give(self)
-
     def abandon(self) -> None:
         """Close the connection."""
         self.generation = -1
@@ -279,40 +275,15 @@ class FakeNode:
         """Whether sending needs no connecting first."""
         return bool(self._idle)
 
-    def send(
-        self, request: Request, deadline: float, *, one_way: bool = False
-    ) -> Exchange:
+    def send(self, request: Request, deadline: float) -> Exchange:
         """Send a request."""
         world = self.world
         world.pause()
         exchange = Exchange(self, request, deadline)
         self._take(exchange)
-        if one_way:
-            self._send_one_way(exchange)
-        elif world.rng.random() < 0.5:
+        if world.rng.random() < 0.5:
             exchange.process()
         return exchange
-
-    def _send_one_way(self, exchange: Exchange) -> None:
-        server, request = self.server, exchange.request
-        lost = (
-            not server.up
-            or server.hung
-            or self.worker in server.cut
-            or exchange.generation != server.generation
-            or (server.lossy and self.world.rng.random() < server.lossy)
-        )
-        self.report(request, "one way" + (", lost" if lost else ""))
-        if lost:
-            exchange.abandon()
-        else:
-            generation = server.generation
-
-            def land() -> None:
-                if server.up and server.generation == generation:
-                    server.apply(request)
-
-            self.world.later(f"{server.name} {self.what(request)}", land)
 
     # --- connections -------------------------------------------------------------
 

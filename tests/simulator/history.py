@@ -24,16 +24,6 @@ NEVER = 1 << 60
 IN_FLIGHT_MS = 60_000
 
 
-def early_ms(timing: Timing) -> int:
-    """How much sooner than its idle lifetime says a session may end."""
-    return timing.refresh_ms + timing.sync_ms
-
-
-def late_ms(timing: Timing) -> int:
-    """How much later it may end."""
-    return 0
-
-
 class Violation(AssertionError):
     """A guarantee was broken.
 
@@ -151,14 +141,18 @@ class Session:
 class History:
     """Everything that was acknowledged, checked at every read.
 
-    :param timing: what all workers go by.
+    :param timing: what all workers go by, but for their intervals.
+    :param slack_ms: how much later than its idle lifetime says a session may end.
     :ivar skew_ms: how far two clocks may differ, or have.
     :ivar longest_ms: what the longest request took.
     """
 
-    def __init__(self, world: World, timing: Timing, skews: Iterable[int]) -> None:
+    def __init__(
+        self, world: World, timing: Timing, slack_ms: int, skews: Iterable[int]
+    ) -> None:
         self.world = world
         self.timing = timing
+        self.slack_ms = slack_ms
         self._skews = set(skews)
         self.skew_ms = max(self._skews) - min(self._skews)
         self.longest_ms = 0
@@ -401,7 +395,7 @@ class History:
         # A use that was acknowledged later may not have been seen.
         used_ms = max(used for step, used in session.uses if step < start)
         timing, now_ms = self.timing, self.world.now_ms
-        over = now_ms >= used_ms + timing.lifetime_ms - early_ms(timing) - self.skew_ms
+        over = now_ms >= used_ms + timing.lifetime_ms - self.skew_ms
         if timing.absolute_ms is not None:
             until_ms = session.born_ms + timing.absolute_ms
             over = over or now_ms >= until_ms - self.skew_ms
@@ -410,7 +404,7 @@ class History:
     def check_time(self, session: Session, started_ms: int) -> None:
         """A read that began at this time found the session: was it still alive?"""
         timing = self.timing
-        until_ms = session.touched_ms + timing.lifetime_ms + late_ms(timing)
+        until_ms = session.touched_ms + timing.lifetime_ms + self.slack_ms
         if started_ms > until_ms + self.skew_ms + self.longest_ms:
             raise Violation("G16", f"{session.name} was served after its idle lifetime")
         if timing.absolute_ms is not None:

@@ -263,7 +263,6 @@ def with_lifetimes(plan: Plan, rng: Random) -> Plan:
         lifetime_ms=lifetime,
         absolute_ms=rng.choice((None, None, 3 * lifetime)),
         sync_ms=min(timing.sync_ms, max(1, lifetime // 10)),
-        refresh_ms=min(timing.refresh_ms, lifetime // 10),
         reap_grace_ms=MINUTE,
     )
     return replace(plan, timing=timing, skews=(0,) * WORKERS)

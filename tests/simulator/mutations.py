@@ -42,7 +42,7 @@ from flask_resilient_session.replication import (
     Standing,
 )
 from flask_resilient_session.saving import Saver
-from flask_resilient_session.times import refresh_due
+from flask_resilient_session.times import touch_due
 from flask_resilient_session.wire import Ack, Set
 
 
@@ -163,7 +163,7 @@ def repair_by_set(patch: Patch) -> None:
         in_sql: bool,
         now_ms: int,
     ) -> None:
-        if in_sql or live.repairs or refresh_due(record, access.timing, now_ms):
+        if in_sql or live.repairs or touch_due(record, access.timing, now_ms):
             data, exptime = self._homes._sealed(access, record, now_ms)
             request = self._homes.cluster.bury(access.session_key, data, exptime)
             self._homes.cluster.write(

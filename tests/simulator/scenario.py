@@ -210,7 +210,9 @@ class Run:
         self.database = Database(self.world)
         self.world.holds_back = plan.holds_back
         self.skews = list(plan.skews)
-        self.history = History(self.world, plan.timing, plan.skews)
+        self.history = History(
+            self.world, plan.timing, plan.longest_slack_ms, plan.skews
+        )
         self.database.on_insert = lambda key, live: self.history.row_appears(
             key, live=live
         )
@@ -662,7 +664,7 @@ class Run:
         at_once = not worker.timing.sync_ms or len(worker.names) < len(PAIR)
         history.acknowledge(writes, durable=required or (at_once and not in_doubt))
         self._tell_risks()
-        history.used(session, start_ms, None if in_doubt else worker.timing.sync_ms)
+        history.used(session, start_ms, None if in_doubt else worker.timing.slack_ms)
         if saved.standing is Standing.UNVERIFIED:
             return self._count("unverified", session.name)
         return self._count("live", session.name)
@@ -701,10 +703,10 @@ class Run:
 
     def _reader(self, worker: Worker, session: Session) -> Reader:
         """What a request that begins now may miss."""
-        world, timing, key = self.world, self.plan.timing, session.key
+        world, key = self.world, session.key
         wall_ms, faults = world.now_ms, worker.faults(key)
         # In use it meets SQL at its next sync; after a rest it asks first.
-        sync_ms = self.plan.longest_sync_ms or timing.refresh_ms
+        sync_ms = self.plan.longest_slack_ms
         sync_ms = 2 * (sync_ms + self.history.skew_ms) + IN_FLIGHT_MS
 
         def at_risk() -> bool:
@@ -916,7 +918,7 @@ class Run:
             self._read_everywhere(session)
         world.log("-- a sync is due")
         skew = self.history.skew_ms
-        sync_ms = self.plan.longest_sync_ms
+        sync_ms = self.plan.longest_slack_ms
         world.wall_ms += sync_ms + 2 * skew + 120_000
         for session in self.history.sessions:
             self._read_for_good(session)

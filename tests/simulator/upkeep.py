@@ -45,7 +45,7 @@ def _renew(run: Run) -> None:
     """Every session is used once more after all are due for a sync."""
     world, timing = run.world, run.plan.timing
     world.deliver_all()
-    world.wall_ms += timing.sync_ms + timing.refresh_ms
+    world.wall_ms += timing.slack_ms
     world.wall_ms += 2 * run.history.skew_ms + 120_000
     run._probe_all()
     world.alone = True
