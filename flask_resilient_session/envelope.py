@@ -33,8 +33,8 @@ _MAC_BYTES: Final = 32
 _HEADER_BYTES: Final = len(MAGIC) + 2 + _KEY_ID_BYTES
 
 #: An upper bound of what the envelope adds to a session of the largest allowed
-#: size: stamps and key names of its entries, markers up to their limit and a few
-#: syncs' worth beyond it. A longer item is not one of ours and is not read.
+#: size: stamps and key names of its entries, and the markers of what was deleted since
+#: the last sync. A longer item is not one of ours and is not read.
 ENVELOPE_ALLOWANCE: Final = 256 * 1024
 
 _LIVE: Final = 1

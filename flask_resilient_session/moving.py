@@ -18,11 +18,11 @@ from .events import (
 from .loading import Loader
 from .record import (
     EndReason,
-    Entry,
     Record,
     Token,
     Tombstone,
     Unreachable,
+    changes_between,
 )
 from .replication import (
     Gone,
@@ -196,11 +196,10 @@ class Mover:
         The move is done, and its cookie has to reach the browser: what cannot be
         carried over any more is dropped, counted and logged.
         """
-        nothing = Entry(0, 0, None)
         missed = {
-            key: entry.value
-            for key, entry in late.entries.items()
-            if key not in changes and entry.stamp > seen.entries.get(key, nothing).stamp
+            key: value
+            for key, value in changes_between(seen, late).items()
+            if key not in changes
         }
         if not missed:
             return

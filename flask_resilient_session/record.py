@@ -5,9 +5,9 @@ meet: each top-level key carries a stamp, and the higher stamp wins. A tombstone
 is the top: joined with anything it stays a tombstone.
 
 A deleted key leaves a marker (an entry without a value), or an old copy would
-bring the key back. Markers are dropped now and then, and the highest stamp
-dropped becomes the record's *floor*: of a copy with a lower floor only entries
-stamped above it count, since whoever raised the floor had seen all the rest.
+bring the key back. A sync drops the markers, and the highest stamp dropped
+becomes the record's *floor*: of a copy with a lower floor only entries stamped
+above it count, since whoever raised the floor had seen all the rest.
 
 Times are Unix milliseconds. Nothing here reads a clock or does I/O.
 """
@@ -28,10 +28,6 @@ Stamp: TypeAlias = tuple[int, int]
 NONCE_BITS: Final = 64
 
 NO_FLOOR: Final[Stamp] = (0, 0)
-
-#: More deletion markers than this are dropped at the next sync, however young:
-#: 256 of them take about as much room as a small session.
-MARKER_LIMIT: Final = 256
 
 EndReason: TypeAlias = Literal["ended", "moved"]
 
@@ -153,6 +149,23 @@ def join_records(left: Record, right: Record) -> Record:
     )
 
 
+def changes_between(seen: Record, late: Record) -> dict[str, bytes | None]:
+    """What others have changed since a record was read.
+
+    The two are joined first: an entry that stands below the other record's floor was
+    seen and dropped by somebody, and does not count.
+
+    :param late: what was found afterwards.
+    :returns: key -> encoded value, or None for a deleted key.
+    """
+    before, after = seen.payload(), join_records(seen, late).payload()
+    return {
+        key: after.get(key)
+        for key in before | after
+        if after.get(key) != before.get(key)
+    }
+
+
 def same_state(left: Record, right: Record) -> bool:
     """Whether two records hold the same keys at the same stamps; times may differ."""
     return left.entries == right.entries and left.floor == right.floor
@@ -213,25 +226,18 @@ def apply_changes(
     )
 
 
-def drop_markers(record: Record, older_than_ms: int) -> Record:
-    """The record with its deletion markers dropped that are old, or too many.
+def drop_markers(record: Record) -> Record:
+    """The record without its deletion markers, and with a floor above them.
 
     Only for a record that both homes hold and SQL has nothing to add to: the floor
     claims that everything stamped below it has been seen.
-
-    :param older_than_ms: markers stamped before this go; all of them go when there
-        are more than :data:`MARKER_LIMIT`.
     """
     markers = [entry for entry in record.entries.values() if entry.value is None]
-    if len(markers) <= MARKER_LIMIT:
-        markers = [entry for entry in markers if entry.counter < older_than_ms]
     if not markers:
         return record
     floor = max(record.floor, *(entry.stamp for entry in markers))
     entries = {
-        key: entry
-        for key, entry in record.entries.items()
-        if entry.value is not None or entry.stamp > floor
+        key: entry for key, entry in record.entries.items() if entry.value is not None
     }
     return replace(record, entries=entries, floor=floor)
 

@@ -187,8 +187,7 @@ class Saver:
         if live.standing is Standing.AGREED:
             # Before the changes are applied: the floor may only cover what was seen
             # on both homes.
-            oldest_ms = now_ms - access.timing.lifetime_ms
-            for_sql = drop_markers(for_sql, oldest_ms)
+            for_sql = drop_markers(for_sql)
         for_sql = self._steps.changed(for_sql, changes, now_ms)
         patience = access
         if need is not SqlNeed.REQUIRED:

@@ -17,12 +17,12 @@ from flask_resilient_session.envelope import (
     UnknownFormat,
 )
 from flask_resilient_session.record import (
-    MARKER_LIMIT,
     Copy,
     Entry,
     Record,
     Tombstone,
     apply_changes,
+    changes_between,
     drop_markers,
     join,
     join_records,
@@ -164,32 +164,22 @@ def test_a_slow_clock_does_not_lose_a_newer_write() -> None:
 # --- deletion markers ------------------------------------------------------------
 
 
-def test_only_old_markers_go() -> None:
-    """A marker goes by age, and the highest that went becomes the floor."""
+def test_all_markers_go() -> None:
+    """However young they are; the highest that went becomes the floor."""
     marked = record(
         {"old": Entry(5, 9, None), "new": Entry(50, 1, None), "live": Entry(2, 1, b"x")}
     )
-    dropped = drop_markers(marked, 10)
-    assert set(dropped.entries) == {"new", "live"}
-    assert dropped.floor == (5, 9)
-    assert drop_markers(dropped, 10) is dropped
-
-
-def test_too_many_markers_go_however_young() -> None:
-    """One over the limit drops all; as many as the limit stay."""
-    many = {f"k{n}": Entry(NOW + n, 1, None) for n in range(MARKER_LIMIT)}
-    assert drop_markers(record(many), 0).entries == many
-    many["last"] = Entry(NOW + MARKER_LIMIT, 1, None)
-    dropped = drop_markers(record(many), 0)
-    assert dropped.entries == {}
-    assert dropped.floor == (NOW + MARKER_LIMIT, 1)
+    dropped = drop_markers(marked)
+    assert set(dropped.entries) == {"live"}
+    assert dropped.floor == (50, 1)
+    assert drop_markers(dropped) is dropped
 
 
 def test_an_old_copy_cannot_bring_a_dropped_key_back() -> None:
     """What a copy from before the deletion holds is below the floor."""
     old_copy = record({"cart": Entry(3, 1, b"full"), "name": Entry(4, 1, b"x")})
     deleted = apply_changes(old_copy, {"cart": None}, 5, 1)
-    dropped = drop_markers(deleted, 1000)
+    dropped = drop_markers(deleted)
     joined = join_records(dropped, old_copy)
     assert joined.payload() == {"name": b"x"}
     assert joined == join_records(old_copy, dropped)
@@ -198,15 +188,37 @@ def test_an_old_copy_cannot_bring_a_dropped_key_back() -> None:
 def test_a_younger_concurrent_write_survives_the_dropping() -> None:
     """A write above the floor counts, though its copy knows no floor."""
     before = record({"cart": Entry(3, 1, None)})
-    dropped = drop_markers(before, 1000)
+    dropped = drop_markers(before)
     concurrent = apply_changes(before, {"cart": b"new"}, 10, 2)
     assert join_records(dropped, concurrent).payload() == {"cart": b"new"}
 
 
-@given(records, st.integers(0, 8))
-def test_dropping_markers_leaves_the_content(live: Record, older_than: int) -> None:
+@pytest.mark.parametrize(
+    ("late", "changes"),
+    [
+        # What an old copy holds below the floor was seen and dropped.
+        (record({"gone": Entry(3, 1, b"old"), "name": Entry(4, 1, b"x")}), {}),
+        (record({"name": Entry(60, 1, b"y")}), {"name": b"y"}),
+        (record({"more": Entry(60, 1, b"y")}), {"more": b"y"}),
+        (record({"name": Entry(60, 1, None)}), {"name": None}),
+        # Deleted late, and the marker dropped by a sync meanwhile.
+        (record({}, floor=(60, 1)), {"name": None}),
+        (record({"name": Entry(4, 1, b"x")}, floor=(60, 1)), {}),
+        (record({"name": Entry(2, 1, b"w")}), {}),
+    ],
+)
+def test_what_others_have_changed_since(
+    late: Record, changes: dict[str, bytes | None]
+) -> None:
+    """Late changes count as the join says, floors included, and nothing else does."""
+    seen = record({"name": Entry(4, 1, b"x")}, floor=(50, 1))
+    assert changes_between(seen, late) == changes
+
+
+@given(records)
+def test_dropping_markers_leaves_the_content(live: Record) -> None:
     """The user sees no difference, also when the undropped copy is joined again."""
-    dropped = drop_markers(live, older_than)
+    dropped = drop_markers(live)
     assert dropped.payload() == live.payload()
     rejoined = join_records(dropped, live)
     assert rejoined.payload() == live.payload()

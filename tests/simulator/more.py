@@ -292,7 +292,7 @@ def with_many_moves(plan: Plan, rng: Random) -> Plan:
     requests = tuple(
         replace(one, what=rng.choice((one.what, *whats))) for one in plan.requests
     )
-    return replace(plan, requests=requests, marker_limit=0, skews=(0,) * WORKERS)
+    return replace(plan, requests=requests, skews=(0,) * WORKERS)
 
 
 ADJUSTED: dict[str, Callable[[Plan, Random], Plan]] = {

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from flask_resilient_session import (
     homes,
     loading,
+    moving,
     reaper,
     replication,
     saving,
@@ -194,7 +195,7 @@ def floor_after_changes(patch: Patch) -> None:
     def update(
         self: Durable, access: Access, record: Record, **rest: Any
     ) -> Record | None:
-        return real(self, access, drop_markers(record, 0), **rest)
+        return real(self, access, drop_markers(record), **rest)
 
     patch(Durable, "update", update)
 
@@ -311,6 +312,20 @@ def moves_by_set(patch: Patch) -> None:
         self._homes.write(new, record, places, now_ms)
 
     patch(Mover, "_exchange_homes", exchange)
+
+
+@_mutation("late")
+def late_changes_by_stamp(patch: Patch) -> None:
+    """A move carries over what is stamped later, whatever is below the floor."""
+
+    def changes_between(seen: Record, late: Record) -> dict[str, bytes | None]:
+        return {
+            key: entry.value
+            for key, entry in late.entries.items()
+            if key not in seen.entries or entry.stamp > seen.entries[key].stamp
+        }
+
+    patch(moving, "changes_between", changes_between)
 
 
 @_mutation("none")

@@ -8,9 +8,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from random import Random
 from typing import TypeAlias
-from unittest import mock
 
-from flask_resilient_session import record as record_module
 from flask_resilient_session.access import Access
 from flask_resilient_session.cluster import Cluster
 from flask_resilient_session.codec import encode_value
@@ -241,8 +239,7 @@ class Run:
 
         :raises Violation: a guarantee was broken.
         """
-        limit = mock.patch.object(record_module, "MARKER_LIMIT", self.plan.marker_limit)
-        with limit, quiet(logger):
+        with quiet(logger):
             self.world.run(self._operate)
         if self.plan.kind == "none" and self.counts["unavailable"]:
             raise Violation("G7", "unavailable without a fault")

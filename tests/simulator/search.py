@@ -64,7 +64,7 @@ def explain(kind: str, seed: int) -> str:
         f"shrunk to {len(plan.requests)} requests, {len(plan.actions)} actions:"
         f" {shrunk}",
         f"timing {plan.timing}",
-        f"skews {plan.skews}, marker limit {plan.marker_limit}",
+        f"skews {plan.skews}",
         *run.world.trace,
         f"nodes: {'; '.join(states)}; SQL: {run.database.state()}",
     ]
