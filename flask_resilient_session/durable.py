@@ -21,7 +21,6 @@ from .codec import decode_value
 from .envelope import CorruptBytes, Keyring, UnknownFormat
 from .errors import SqlBusy, SqlUnavailable
 from .events import Observer, logger, short
-from .flights import Flights
 from .health import Breaker
 from .record import EndReason, Record, Tombstone
 from .replication import (
@@ -74,7 +73,6 @@ class Durable:
 
     :param concurrency: reads at once; None for no bound but the pool's.
     :param user_key: the session key that holds the user.
-    :param flights: shares one answer among concurrent reads of a session.
     """
 
     def __init__(
@@ -88,7 +86,6 @@ class Durable:
         clock: Clock,
         random: random_module.Random,
         observer: Observer,
-        flights: Flights[RowAnswer] | None = None,
     ) -> None:
         self._sql = sql
         self._breaker = breaker
@@ -97,7 +94,6 @@ class Durable:
             None if concurrency is None else threading.BoundedSemaphore(concurrency)
         )
         self._sql_timeout = sql_timeout
-        self._flights = flights
         self._debts: deque[Row] = deque(maxlen=_MOST_DEBTS)
         self._user_key = user_key
         self._clock = clock
@@ -106,16 +102,6 @@ class Durable:
 
     def read(self, access: Access) -> RowAnswer:
         """What SQL says about a session; silence is an answer, not an error."""
-        if self._flights is None:
-            return self._read(access)
-        answer = self._flights.share(
-            access.session_key,
-            lambda: self._read(access),
-            wait=min(self._sql_timeout, access.deadline - self._clock.monotonic()),
-        )
-        return answer or SqlSilent("others were asking for the same", well=True)
-
-    def _read(self, access: Access) -> RowAnswer:
         try:
             with self._place(access.deadline):
                 row = self._guarded(
@@ -232,8 +218,6 @@ class Durable:
     def renew(self) -> None:
         """Start anew in a forked child: its parent's places and locks stay taken."""
         self._breaker.renew()
-        if self._flights is not None:
-            self._flights.renew()
         if self._concurrency is not None:
             self._places = threading.BoundedSemaphore(self._concurrency)
 

@@ -26,7 +26,6 @@ from .durable import Durable
 from .engines import app_engine, default_engine, table_for
 from .errors import ConfigurationError, SessionUnavailable, SetupError
 from .events import Observer, Stats, logger, short
-from .flights import Flights
 from .health import Breaker
 from .homes import Homes
 from .interface import ResilientSessionInterface
@@ -268,7 +267,6 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         clock=clock,
         random=chance,
         observer=observer,
-        flights=Flights(),
     )
     store = Store(
         homes=Homes(ring, cluster),

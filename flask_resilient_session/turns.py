@@ -10,8 +10,17 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
-from .flights import Landing
+
+class Landing(Protocol):
+    """What :class:`threading.Event` has, as far as it is used here."""
+
+    def set(self) -> object:
+        """Let those who wait go on."""
+
+    def wait(self, timeout: float) -> object:
+        """Wait until it is set, for so many seconds at most."""
 
 
 class Turns:

@@ -43,9 +43,8 @@ LEVELS = {
     "connections": 2,
     "calls": 3,
     "sql": 4,
-    # what spares SQL some work
-    "flights": 2,
-    "turns": 3,
+    # who waits for whom
+    "turns": 1,
     # all copies, the row
     "cluster": 3,
     "homes": 6,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 from flask import flash, session
 
@@ -18,7 +16,6 @@ from flask_resilient_session import (
 )
 from flask_resilient_session.access import Access
 from flask_resilient_session.errors import SqlBusy
-from flask_resilient_session.flights import Flights
 from flask_resilient_session.replication import RowLive
 from misbehaving import in_child
 
@@ -44,34 +41,6 @@ def test_a_listener_may_look_at_the_session_that_is_being_loaded(site: Site) -> 
     with session_recovered.connected_to(listen, sender=site.app):
         assert site.data() == {"_user_id": "7", "cart": 1}
     assert seen == [None]
-
-
-def test_an_interrupted_wait_leaves_no_question_behind() -> None:
-    """A greenlet that is killed while it waits does not silence a session."""
-    flights: Flights[int] = Flights()
-    asked, may_answer = threading.Event(), threading.Event()
-
-    class Interrupted(BaseException):
-        pass
-
-    def slow() -> int:
-        asked.set()
-        may_answer.wait(20)
-        return 1
-
-    first = threading.Thread(target=flights.share, args=("q", slow), kwargs={"wait": 9})
-    first.start()
-    asked.wait(20)
-
-    def interrupt(timeout: float) -> None:
-        raise Interrupted
-
-    flights._under_way["q"].landed.wait = interrupt  # type: ignore[method-assign]
-    with pytest.raises(Interrupted):
-        flights.share("q", lambda: 2, wait=9)
-    may_answer.set()
-    first.join()
-    assert flights.share("q", lambda: 3, wait=9) == 3
 
 
 def test_an_own_shortage_is_no_reason_to_guess(

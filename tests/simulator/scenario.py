@@ -15,7 +15,6 @@ from flask_resilient_session.codec import encode_value
 from flask_resilient_session.durable import Durable
 from flask_resilient_session.errors import SessionUnavailable
 from flask_resilient_session.events import Observer, logger
-from flask_resilient_session.flights import Flights
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.reaper import Reaper, ReapOptions
@@ -131,7 +130,6 @@ class Worker:
             clock=clock,
             random=world.rng,
             observer=observer,
-            flights=Flights(partial(Landing, world)),
         )
         self.store = Store(
             homes=Homes(self.ring, cluster),
