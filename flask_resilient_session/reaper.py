@@ -36,16 +36,12 @@ from .replication import (
 )
 from .rows import Row
 from .store import Store
-from .times import CLOCKS_APART_MS, DAY_MS, LONGEST_IN_MEMORY_MS
+from .times import CLOCKS_APART_MS
 
 DEFAULT_BATCH_SIZE: Final = 500
 
 #: Seconds for one statement of the reaper: nobody waits for it as for a page.
 STATEMENT_SECONDS: Final = 30.0
-
-#: Under lifetimes longer than memcached keeps anything a copy's last changes would
-#: vanish before the session does: it is synced before that.
-_SYNC_AFTER_MS: Final = 28 * DAY_MS
 
 
 class Refusal(enum.Enum):
@@ -128,16 +124,6 @@ class ReapSql(Protocol):
     ) -> list[Row]:
         """Rows past their time."""
 
-    def page_unsynced(
-        self,
-        before_ms: int,
-        expired_ms: int,
-        after: tuple[int, str],
-        limit: int,
-        deadline: float,
-    ) -> list[Row]:
-        """Rows not synced for long."""
-
     def delete(self, rows: Sequence[Row], deadline: float) -> list[bool]:
         """Delete unchanged rows."""
 
@@ -195,7 +181,7 @@ class Reaper:
         if newest > self._clock.now_ms() + CLOCKS_APART_MS:
             report.refused = Refusal.CLOCKS_APART
             return
-        for batch in self._batches(options, report):
+        for batch in self._batches(options):
             if not report.examined and self._foreign(batch, options):
                 report.refused = Refusal.FOREIGN_NODES
                 return
@@ -230,23 +216,14 @@ class Reaper:
         self._remove(dead, options, report)
         return stopping
 
-    def _batches(self, options: ReapOptions, report: ReapReport) -> Iterator[list[Row]]:
-        """Pages of rows to look at: the expired, then those long out of sync."""
-        now_ms = self._clock.now_ms()
+    def _batches(self, options: ReapOptions) -> Iterator[list[Row]]:
+        """Pages of rows that are past their time and grace."""
         size = options.batch_size
-        before_ms = now_ms - self._timing.reap_grace_ms
+        before_ms = self._clock.now_ms() - self._timing.reap_grace_ms
         after = (0, "")
         while batch := self._sql.page_expired(before_ms, after, size, self._until()):
             yield batch
             after = (batch[-1].expires_at, batch[-1].session_key)
-        if self._timing.lifetime_ms <= LONGEST_IN_MEMORY_MS:
-            return
-        expired_ms, before_ms, after = before_ms, now_ms - _SYNC_AFTER_MS, (0, "")
-        while batch := self._sql.page_unsynced(
-            before_ms, expired_ms, after, size, self._until()
-        ):
-            yield batch
-            after = (batch[-1].synced_at, batch[-1].session_key)
 
     def _must_stop(
         self, options: ReapOptions, report: ReapReport, started: float

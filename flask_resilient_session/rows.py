@@ -78,7 +78,6 @@ def define_table(metadata: sa.MetaData, name: str, schema: str | None) -> sa.Tab
         sa.Column("revoked_at", time, nullable=True),
         sa.Column("reason", sa.String(8), nullable=True),
         sa.Index(f"ix_{name}_user_id", "user_id"),
-        sa.Index(f"ix_{name}_synced_at", "synced_at"),
         sa.Index(f"ix_{name}_expires_at", "expires_at", "session_key"),
         schema=schema,
     )

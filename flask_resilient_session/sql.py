@@ -148,35 +148,6 @@ class SqlTable:
         )
         return self._page(query, deadline)
 
-    def page_unsynced(
-        self,
-        before_ms: int,
-        expired_ms: int,
-        after: tuple[int, str],
-        limit: int,
-        deadline: float,
-    ) -> list[Row]:
-        """Live rows that were last synced before ``before_ms``, in index order.
-
-        :param expired_ms: rows whose time was over before this are left out: they
-            are :meth:`page_expired`'s.
-        :param after: (synced_at, session_key) of the last row seen.
-        """
-        columns = self.table.c
-        query = (
-            sa.select(self.table)
-            .where(
-                columns.synced_at < before_ms,
-                columns.synced_at >= after[0],
-                sa.or_(columns.synced_at > after[0], columns.session_key > after[1]),
-                columns.expires_at >= expired_ms,
-                columns.revoked_at.is_(None),
-            )
-            .order_by(columns.synced_at, columns.session_key)
-            .limit(limit)
-        )
-        return self._page(query, deadline)
-
     def page_live(
         self, user_id: str | None, after: str, limit: int, deadline: float
     ) -> list[Row]:

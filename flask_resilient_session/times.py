@@ -12,8 +12,12 @@ from .record import Record, Tombstone
 
 DAY_MS: Final = 24 * 60 * 60 * 1000
 
-#: memcached takes an expiry over 30 days for a date, and keeps nothing for longer.
-LONGEST_IN_MEMORY_MS: Final = 30 * DAY_MS
+#: 30 days: memcached takes more seconds than these for a Unix date.
+_MOST_SECONDS: Final = 30 * DAY_MS // 1000
+
+#: The last such date. One after it, or one that is past for the node, memcached answers
+#: with STORED, and holds nothing.
+_LAST_DATE: Final = 2**31 - 1
 
 #: Tombstones and copies outlive what they stand for by this: more than clocks differ.
 _MARGIN_MS: Final = DAY_MS
@@ -53,9 +57,17 @@ def tombstone_expires_ms(tombstone: Tombstone, timing: Timing) -> int:
 
 
 def exptime_seconds(until_ms: int, timing: Timing, now_ms: int) -> int:
-    """memcached's time to live for something that matters until then; never 0."""
-    remaining = until_ms - now_ms + timing.reap_grace_ms + _MARGIN_MS
-    return max(1, min(LONGEST_IN_MEMORY_MS // 1000, remaining // 1000))
+    """memcached's expiry for something that matters until then; never 0.
+
+    :returns: seconds from now up to 30 days, beyond that the Unix date in seconds.
+    """
+    remaining_ms = until_ms - now_ms + timing.reap_grace_ms + _MARGIN_MS
+    seconds, now = max(1, remaining_ms // 1000), now_ms // 1000
+    if seconds <= _MOST_SECONDS:
+        return seconds
+    date = min(now + seconds, _LAST_DATE)
+    # In the last month before that date, and after it, seconds reach further.
+    return date if date - now > _MOST_SECONDS else _MOST_SECONDS
 
 
 def synced_at(before_ms: int, now_ms: int) -> int:

@@ -141,8 +141,8 @@ class _Write:
 class Add(_Write):
     """Store an item where there is none.
 
-    :ivar exptime: seconds it is kept, at most 30 days (memcached takes more for a
-        date).
+    :ivar exptime: seconds that it is kept; more than 30 days' memcached takes for the
+        Unix date in seconds until which it is kept.
     """
 
     key: str

@@ -14,7 +14,6 @@ from flask_resilient_session import ReapReport
 LIFETIME = 3600
 #: Longer than a row outlives its session, grace included.
 PAST = 2 * LIFETIME
-DAY = 24 * 3600
 
 
 def reap(site: Site, **options: Any) -> ReapReport:

@@ -163,7 +163,7 @@ def test_create_all_makes_the_table(apps: BareApps, tmp_path: Path) -> None:
     works(app)
     inspector = sa.inspect(app.extensions["resilient_session"].sql.engine)
     columns = {tuple(i["column_names"]) for i in inspector.get_indexes(TABLE)}
-    assert columns == {("user_id",), ("synced_at",), ("expires_at", "session_key")}
+    assert columns == {("user_id",), ("expires_at", "session_key")}
 
 
 def test_a_missing_table_is_said_with_a_remedy(

@@ -9,8 +9,8 @@ from flask import session
 
 from apps import Site, Sites, TimeMachine, item_of, key_of
 from flask_resilient_session import session_expired
-from reaping import DAY, LIFETIME, PAST, change_row, counts, reap, succeeded
-from servers import Memcached, wait_until
+from reaping import LIFETIME, PAST, change_row, counts, reap, succeeded
+from servers import wait_until
 
 
 @pytest.fixture
@@ -85,18 +85,6 @@ def test_a_dry_run_changes_nothing(site: Site, clock: TimeMachine) -> None:
     assert site.rows() == before
 
 
-def test_under_flasks_default_lifetime_a_row_is_counted_once(
-    sites: Sites, clock: TimeMachine, nodes: list[Memcached]
-) -> None:
-    """31 days are over what memory keeps: the row is on both lists of the pass."""
-    site = sites()
-    site.set(_user_id="1")
-    clock.forward(40 * DAY)
-    assert counts(reap(site, dry_run=True)) == (1, 0, 1, 0)
-    nodes[0].kill()
-    assert counts(reap(site)) == (1, 0, 0, 1)
-
-
 # --- what is alive ---------------------------------------------------------------
 
 
@@ -138,30 +126,14 @@ def test_a_lowered_lifetime_ends_sessions_at_once(
     assert counts(reap(site)) == (1, 0, 1, 0)
 
 
-def test_long_lifetimes_are_synced_before_memory_forgets(
-    sites: Sites, clock: TimeMachine
-) -> None:
-    """memcached keeps nothing for over 30 days: an idle tail is saved after 28."""
-    site = sites(PERMANENT_SESSION_LIFETIME=90 * DAY)
-    site.set(_user_id="1")
-    site.set(tail=1)
-    assert counts(reap(site)) == (0, 0, 0, 0)
-    clock.forward(29 * DAY)
-    assert counts(reap(site)) == (1, 1, 0, 0)
-    assert counts(reap(site)) == (0, 0, 0, 0)
-    for node in site.nodes:
-        node.flush()
-    assert site.data() == {"_user_id": "1", "tail": 1}
-
-
-def test_renewing_a_session_is_no_use_of_it(sites: Sites, clock: TimeMachine) -> None:
+def test_renewing_a_session_is_no_use_of_it(site: Site, clock: TimeMachine) -> None:
     """The reaper's visits must not keep a session alive for ever."""
-    site = sites(PERMANENT_SESSION_LIFETIME=90 * DAY)
-    site.set(_user_id="1")
+    site.app.config["PERMANENT_SESSION_LIFETIME"] = 10 * LIFETIME
     for _ in range(3):
-        clock.forward(29 * DAY)
-        reap(site)
-    clock.forward(4 * DAY)
+        clock.forward(3 * LIFETIME)
+        change_row(site, expires_at=1)
+        assert counts(reap(site)) == (1, 1, 0, 0)
+    clock.forward(LIFETIME)
     assert site.data() == {}
 
 

@@ -42,7 +42,6 @@ from flask_resilient_session.record import (
 from flask_resilient_session.replication import RowLive
 from flask_resilient_session.times import (
     expires_ms,
-    exptime_seconds,
     row_expires_ms,
     tombstone_expires_ms,
     touch_due,
@@ -153,23 +152,6 @@ def test_the_absolute_lifetime_has_no_margin() -> None:
     limited = timing(absolute_ms=2 * HOUR)
     used = record(created_ms=NOW, last_use_ms=NOW + HOUR)
     assert expires_ms(used, limited) == row_expires_ms(used, limited) == NOW + 2 * HOUR
-
-
-@pytest.mark.parametrize(
-    ("until_ms", "expected"),
-    [
-        (NOW, (DAY + HOUR) // 1000),
-        (NOW + DAY, (2 * DAY + HOUR) // 1000),
-        (NOW + 400 * DAY, 30 * DAY // 1000),
-        (NOW + 29 * DAY, 30 * DAY // 1000),
-        (NOW - DAY - HOUR, 1),
-        (NOW - DAY - HOUR + 999, 1),
-        (0, 1),
-    ],
-)
-def test_exptime_is_from_1_second_to_30_days(until_ms: int, expected: int) -> None:
-    """0 would be for ever, and more than 30 days a date long past."""
-    assert exptime_seconds(until_ms, TIMING, NOW) == expected
 
 
 def test_a_use_is_recorded_once_an_interval() -> None:

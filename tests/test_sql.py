@@ -322,19 +322,6 @@ def keys(count: int) -> list[str]:
     return sorted(session_key(f"user {number}") for number in range(count))
 
 
-def all_pages(
-    page: Callable[..., list[Row]], column: str, *limits: int, limit: int
-) -> list[str]:
-    """The keys of every page, each starting where the last one ended."""
-    found: list[str] = []
-    after = (0, "")
-    while rows := page(*limits, after, limit, soon()):
-        assert len(rows) <= limit
-        found += [one.session_key for one in rows]
-        after = (getattr(rows[-1], column), rows[-1].session_key)
-    return found
-
-
 @pytest.mark.parametrize("limit", [1, 3, 100])
 def test_pages_of_expired_rows(table: SqlTable, limit: int) -> None:
     """Every row before the limit once, by time and then key, tombstones too."""
@@ -344,24 +331,14 @@ def test_pages_of_expired_rows(table: SqlTable, limit: int) -> None:
         expected.append(key)
     table.insert(row(session_key("later"), expires_at=NOW + 3), soon())
     table.bury(tombstone_row(expected[0], expires_at=NOW), soon(), has_row=True)
-    found = all_pages(table.page_expired, "expires_at", NOW + 3, limit=limit)
+    found: list[str] = []
+    after = (0, "")
+    while rows := table.page_expired(NOW + 3, after, limit, soon()):
+        assert len(rows) <= limit
+        found += [one.session_key for one in rows]
+        after = (rows[-1].expires_at, rows[-1].session_key)
     assert found == expected
     assert table.count_expired(NOW + 3, soon()) == 7
-
-
-@pytest.mark.parametrize("limit", [1, 2, 100])
-def test_pages_of_unsynced_rows(table: SqlTable, limit: int) -> None:
-    """Live rows that were not synced for long and are not expired."""
-    alive = keys(6)
-    for number, key in enumerate(alive):
-        table.insert(row(key, synced_at=NOW + number // 2), soon())
-    dead = alive.pop(1)
-    table.bury(tombstone_row(dead, synced_at=NOW), soon(), has_row=True)
-    table.insert(row(session_key("fresh"), synced_at=NOW + 3), soon())
-    table.insert(row(session_key("over"), synced_at=NOW, expires_at=NOW), soon())
-    found = all_pages(table.page_unsynced, "synced_at", NOW + 3, NOW + 1, limit=limit)
-    assert found == alive
-    assert table.newest_sync(soon()) == NOW + 3
 
 
 @pytest.mark.parametrize("limit", [1, 2, 100])

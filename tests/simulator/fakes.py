@@ -29,6 +29,12 @@ _Result = TypeVar("_Result")
 #: Seconds that a statement waits for a database that does not answer.
 SQL_TIMEOUT = 0.5
 
+#: More seconds than these memcached takes for a Unix date.
+MOST_SECONDS = 30 * 24 * 3600
+
+#: To a date from this one on, or a past one, it answers STORED, and holds nothing.
+NO_DATE = 2**31
+
 
 class Item(NamedTuple):
     """One item of a node."""
@@ -148,9 +154,17 @@ class Server:
                 self.items.pop(request.key, None)
             self.refused_step = self.world.step
             return Ack.REFUSED
-        expires_ms = self.world.now_ms + request.exptime * 1000
-        self._store(request.key, request.data, expires_ms)
+        expires_ms = self._expires_ms(request.exptime)
+        if expires_ms > self.world.now_ms:
+            self._store(request.key, request.data, expires_ms)
+        else:
+            self.items.pop(request.key, None)
         return Ack.STORED
+
+    def _expires_ms(self, exptime: int) -> int:
+        if exptime <= MOST_SECONDS:
+            return self.world.now_ms + exptime * 1000
+        return exptime * 1000 if exptime < NO_DATE else 0
 
     def _store(self, key: str, data: bytes, expires_ms: int) -> None:
         self._next_cas += 1
@@ -550,30 +564,6 @@ class FakeSql:
             return found[:limit]
 
         return self._call("page", "", deadline, rows)
-
-    def page_unsynced(
-        self,
-        before_ms: int,
-        expired_ms: int,
-        after: tuple[int, str],
-        limit: int,
-        deadline: float,
-    ) -> list[Row]:
-        """Live rows that were last synced before then."""
-
-        def rows() -> list[Row]:
-            found = [
-                row
-                for row in self._database.rows.values()
-                if row.synced_at < before_ms
-                and (row.synced_at, row.session_key) > after
-                and row.expires_at >= expired_ms
-                and row.revoked_at is None
-            ]
-            found.sort(key=lambda row: (row.synced_at, row.session_key))
-            return found[:limit]
-
-        return self._call("page unsynced", "", deadline, rows)
 
     def delete(self, rows: Sequence[Row], deadline: float) -> list[bool]:
         """Delete the rows that are exactly as they were read."""

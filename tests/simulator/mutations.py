@@ -14,7 +14,6 @@ from flask_resilient_session import (
     homes,
     loading,
     moving,
-    reaper,
     replication,
     saving,
 )
@@ -43,6 +42,7 @@ from flask_resilient_session.replication import (
     Standing,
 )
 from flask_resilient_session.saving import Saver
+from flask_resilient_session.times import exptime_seconds as exptime
 from flask_resilient_session.times import touch_due
 from flask_resilient_session.wire import Ack, Set
 
@@ -347,10 +347,13 @@ def reaper_asks_nobody(patch: Patch) -> None:
     patch(Reaper, "_ask", ask)
 
 
+# --- what nodes forget -----------------------------------------------------------
+
+
 @_mutation("long")
-def rows_never_renewed(patch: Patch) -> None:
-    """What memcached forgets after 30 days is not brought to SQL before."""
-    patch(reaper, "LONGEST_IN_MEMORY_MS", 1 << 60)
+def expiry_never_a_date(patch: Patch) -> None:
+    """memcached is told 30 days where a copy matters for longer."""
+    patch(homes, "exptime_seconds", lambda *times: min(exptime(*times), 30 * 24 * 3600))
 
 
 # --- rotating the key --------------------------------------------------------------

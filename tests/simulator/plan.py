@@ -301,7 +301,7 @@ def _split(rng: Random) -> list[Action]:
 
 
 def _long(rng: Random) -> list[Action]:
-    """Lifetimes that are longer than memcached keeps anything; reapers run daily."""
+    """Lifetimes whose end memcached is told as a date; reapers run daily."""
     actions = []
     for _ in range(rng.randint(1, 4)):
         days = rng.choice((1, 5, 27, 29, 31, 31, 33, 45, 59, 61))

@@ -35,10 +35,6 @@ def _days(run: Run, days: int) -> None:
         world.wall_ms += DAY
         run.reap(world.rng.choice(run.workers))
     world.alone = False
-    for session in run.history.sessions:
-        # One that SQL has not heard of is nowhere after 30 days.
-        if world.wall_ms - session.touched_ms > 29 * DAY:
-            run.history.no_row_needed(session)
 
 
 def _renew(run: Run) -> None:
