@@ -688,7 +688,7 @@ def test_expired_copy_of_a_thawed_home(hasty: Lab, home: str) -> None:
     """An expired session is not served from a home that missed its end."""
     user = hasty.member(x=1)
     hasty.freeze(user, home)
-    hasty.pass_time(LIFETIME + 1)
+    hasty.pass_time(LIFETIME + N + 1)
     assert user.sees() == {}
     hasty.node(user, home).thaw()
     hasty.settle()

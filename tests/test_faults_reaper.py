@@ -33,7 +33,7 @@ pytestmark = pytest.mark.each_value
 MEMBER = {"_user_id": "7", "x": 1}
 
 #: Seconds after a session's last sync until the reaper looks at its row.
-DUE = LIFETIME + N + 60 + 60 + 1
+DUE = LIFETIME + 2 * N + 60 + 1
 
 #: Seconds after a session ended until its tombstone may go: the same and a day.
 TOMBSTONE_DUE = DUE + 24 * 3600
