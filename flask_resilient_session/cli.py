@@ -146,7 +146,7 @@ alive there is renewed, one that is dead is deleted, and one that cannot be chec
 kept. Safe to kill, to rerun and to run twice at once.
 
 Exit codes: 0 nothing left to do; 1 SQL failed; 3 some rows could not be checked and
-are kept; 4 refused, nothing deleted; 5 stopped early by a limit or a signal.
+are kept; 4 refused, nothing more deleted; 5 stopped early by a limit or a signal.
 """
 
 
@@ -281,7 +281,7 @@ def _print(report: ReapReport, *, quiet: bool) -> None:
     if report.failed is not None:
         click.echo(f"SQL failed: {report.failed}", err=True)
     if report.refused is not None:
-        click.echo(f"Refused: {report.refused.value}.", err=True)
+        click.echo(f"Refused: {report.refusal}.", err=True)
     for reason, rows in sorted(report.reasons.items()):
         click.echo(f"Kept {rows}: {reason}.", err=True)
     if quiet:

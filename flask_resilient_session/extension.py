@@ -339,7 +339,7 @@ def _reap_after_response(app: Flask, state: AppState) -> None:
     seconds = state.settings.request_budget
     report = state.new_reaper(app, seconds).run(options)
     if report.failed is not None or report.refused is not None:
-        reason = report.failed or (report.refused and report.refused.value)
+        reason = report.failed or report.refusal
         logger.warning("Reaping after a response did nothing: %s", reason)
 
 

@@ -26,7 +26,9 @@ from .reaping import (
     Keep,
     Reap,
     Renew,
+    apart_from_database,
     may_reap,
+    written_ahead,
 )
 from .record import Reply, Unreachable
 from .replication import (
@@ -36,7 +38,6 @@ from .replication import (
 )
 from .rows import Row
 from .store import Store
-from .times import CLOCKS_APART_MS
 
 DEFAULT_BATCH_SIZE: Final = 500
 
@@ -45,11 +46,9 @@ STATEMENT_SECONDS: Final = 30.0
 
 
 class Refusal(enum.Enum):
-    """Why a pass was not even started."""
+    """Why a pass was not started, or not carried on."""
 
-    CLOCKS_APART = (
-        "rows were synced in this host's future: its clock, or another's, is wrong"
-    )
+    CLOCKS_APART = "clocks are apart; set them right and run it again"
     FOREIGN_NODES = (
         "none of the nodes that the rows name is configured on this host"
         " (RESILIENT_SESSION_NODES); run it where they are, or with --without-nodes"
@@ -67,7 +66,8 @@ class ReapReport:
     :ivar batches: pages read.
     :ivar seconds: duration.
     :ivar stopped: it ended early, by a limit or on request.
-    :ivar refused: why nothing was done.
+    :ivar refused: why nothing was done, or nothing more.
+    :ivar detail: which clocks were apart, and how far.
     :ivar failed: what SQL said when it failed.
     :ivar reasons: why rows were kept: reason -> rows.
     """
@@ -81,8 +81,16 @@ class ReapReport:
     dry_run: bool = False
     stopped: bool = False
     refused: Refusal | None = None
+    detail: str | None = None
     failed: str | None = None
     reasons: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def refusal(self) -> str | None:
+        """Why it was refused, in full; None where it was not."""
+        if self.refused is None:
+            return None
+        return self.refused.value + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass(frozen=True)
@@ -130,8 +138,8 @@ class ReapSql(Protocol):
     def count_expired(self, before_ms: int, deadline: float) -> int:
         """Rows past their time."""
 
-    def newest_sync(self, deadline: float) -> int:
-        """The newest sync."""
+    def clock_ms(self, deadline: float) -> int | None:
+        """The database's clock."""
 
 
 class Reaper:
@@ -177,11 +185,13 @@ class Reaper:
         return report
 
     def _pass(self, options: ReapOptions, report: ReapReport, started: float) -> None:
-        newest = self._sql.newest_sync(self._until())
-        if newest > self._clock.now_ms() + CLOCKS_APART_MS:
-            report.refused = Refusal.CLOCKS_APART
+        database_ms = self._sql.clock_ms(self._until())
+        if self._apart(apart_from_database(self._clock.now_ms(), database_ms), report):
             return
         for batch in self._batches(options):
+            written_ms = {short(row.session_key): _written_ms(row) for row in batch}
+            if self._apart(written_ahead(self._clock.now_ms(), written_ms), report):
+                return
             if not report.examined and self._foreign(batch, options):
                 report.refused = Refusal.FOREIGN_NODES
                 return
@@ -224,6 +234,13 @@ class Reaper:
         while batch := self._sql.page_expired(before_ms, after, size, self._until()):
             yield batch
             after = (batch[-1].expires_at, batch[-1].session_key)
+
+    def _apart(self, detail: str | None, report: ReapReport) -> bool:
+        """Refuse to go on where clocks are apart."""
+        if detail is None:
+            return False
+        report.refused, report.detail = Refusal.CLOCKS_APART, detail
+        return True
 
     def _must_stop(
         self, options: ReapOptions, report: ReapReport, started: float
@@ -327,6 +344,10 @@ class Reaper:
 
     def _until(self) -> float:
         return self._clock.monotonic() + self._statement_seconds
+
+
+def _written_ms(row: Row) -> int:
+    return max(row.synced_at, row.revoked_at or 0)
 
 
 def _for_archive(row: Row, data: dict[str, Any] | None) -> dict[str, Any]:

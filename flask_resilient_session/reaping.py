@@ -18,7 +18,7 @@ from .replication import (
     live_copies,
     tombstone_of,
 )
-from .times import expires_ms
+from .times import CLOCKS_APART_MS, expires_ms
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,35 @@ class Keep:
 
 
 ReapVerdict: TypeAlias = Reap | Renew | Bury | Keep
+
+
+def apart_from_database(now_ms: int, database_ms: int | None) -> str | None:
+    """What is wrong between this host's clock and its database's; None: nothing.
+
+    A host that is ahead would delete what is alive. Which of the two clocks is the
+    wrong one cannot be seen, so that either direction counts.
+
+    :param database_ms: the database's clock; None where it has none of its own.
+    """
+    ahead_ms = 0 if database_ms is None else now_ms - database_ms
+    if abs(ahead_ms) <= CLOCKS_APART_MS:
+        return None
+    where = "ahead of" if ahead_ms > 0 else "behind"
+    return f"this host's clock is {abs(ahead_ms) // 1000} s {where} the database's"
+
+
+def written_ahead(now_ms: int, written_ms: Mapping[str, int]) -> str | None:
+    """Which row was written too far in this host's future; None: none of them.
+
+    :param written_ms: short digest of a session -> when its row was written.
+    """
+    for session, then_ms in written_ms.items():
+        if then_ms - now_ms > CLOCKS_APART_MS:
+            return (
+                f"the row of session {session} was written"
+                f" {(then_ms - now_ms) // 1000} s in this host's future"
+            )
+    return None
 
 
 def may_reap(

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from .calls import Calls, transaction
-from .connections import MYSQL, POSTGRESQL
+from .connections import MYSQL, POSTGRESQL, SQLITE
 from .rows import UPDATED, Row, columns_of, row_of
 from .sql_errors import is_duplicate
+
+_CLOCK: Final = sa.select(sa.extract("epoch", sa.func.clock_timestamp()))
+
+#: In whole seconds. ``NOW(3)`` would have more, but by way of a local time, and in
+#: autumn one hour of that comes twice.
+_MYSQL_CLOCK: Final = sa.select(sa.func.unix_timestamp())
 
 _Result = TypeVar("_Result")
 
@@ -197,10 +203,16 @@ class SqlTable:
         query = sa.select(sa.func.count()).where(self.table.c.expires_at < before_ms)
         return self._patiently(lambda c: int(c.execute(query).scalar_one()), deadline)
 
-    def newest_sync(self, deadline: float) -> int:
-        """The largest ``synced_at``; 0 in an empty table."""
-        query = sa.select(sa.func.max(self.table.c.synced_at))
-        return self._patiently(lambda c: int(c.execute(query).scalar() or 0), deadline)
+    def clock_ms(self, deadline: float) -> int | None:
+        """The database's clock in Unix milliseconds; None on SQLite, which has ours."""
+
+        def call(connection: sa.Connection) -> int | None:
+            if connection.dialect.name in SQLITE:
+                return None
+            clock = _MYSQL_CLOCK if connection.dialect.name in MYSQL else _CLOCK
+            return int(connection.execute(clock).scalar_one() * 1000)
+
+        return self._patiently(call, deadline)
 
     # --- statements --------------------------------------------------------------
 

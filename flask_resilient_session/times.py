@@ -22,7 +22,7 @@ _LAST_DATE: Final = 2**31 - 1
 #: Tombstones and copies outlive what they stand for by this: more than clocks differ.
 _MARGIN_MS: Final = DAY_MS
 
-#: A time this far ahead is that of a clock which is wrong, and says nothing.
+#: Clocks that differ by more are apart: one of them is wrong, and says nothing.
 CLOCKS_APART_MS: Final = 5 * 60_000
 
 #: The shortest rest after which SQL is asked first, where every change is synced.

@@ -388,6 +388,6 @@ def make_site(servers: Sequence[Memcached], path: Path, **changes: Any) -> Site:
     )
     store = Store(homes=homes, durable=durable, max_bytes=100_000, **common)
     site = Site(servers, store, sql, clock, observer, **changes)
-    sql.table.newest_sync(clock.monotonic() + 30)
+    sql.table.count_expired(0, clock.monotonic() + 30)
     site.statements.watch(sql.table.engine)
     return site

@@ -12,8 +12,8 @@ and does not know on which: a lab has verbs for what happens to SQL.
 Nodes are called by their role for the session at hand: ``first_home``,
 ``second_home``, and ``stranger`` for the third where there is one.
 
-Time passes when a test says so: the workers' Unix clock is the lab's. Only deadlines
-and the pauses of breakers are real.
+Time passes when a test says so: the Unix clocks of the workers and the database are the
+lab's. Only deadlines and the pauses of breakers are real.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -98,6 +99,9 @@ class Lab:
             addresses = {name: s.address for name, s in self.servers.items()}
         config = {**self.database.config, **self._config, **config}
         worker = Worker(addresses, config, self.now_ms)
+        worker.state.sql.clock_ms = partial(
+            self._database_ms, worker.state.sql.clock_ms
+        )
         self._workers.append(worker)
         if connected and not self.database.is_file:
             worker.connect()
@@ -290,8 +294,15 @@ class Lab:
         return time.time_ns() // 1_000_000 + self._offset_ms
 
     def pass_time(self, seconds: float) -> None:
-        """Let the workers' clock go forward."""
+        """Let the clocks of the workers and the database go forward."""
         self._offset_ms += round(seconds * 1000)
+
+    def _database_ms(
+        self, ask: Callable[[float], int | None], deadline: float
+    ) -> int | None:
+        """The database's own clock, and what a test added."""
+        told = ask(deadline)
+        return None if told is None else told + self._offset_ms
 
     def close(self) -> None:
         """End all that was started."""

@@ -134,7 +134,7 @@ class Worker:
     def connect(self) -> None:
         """Have a connection to SQL, which a request in a hurry might not get."""
         deadline = self.state.clock.monotonic() + PATIENCE
-        self.state.sql.newest_sync(deadline)
+        self.state.sql.count_expired(0, deadline)
 
     def settle(self) -> None:
         """Return when this worker uses every node and SQL again."""

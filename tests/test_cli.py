@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from click.testing import Result
 
-from apps import Site, Sites, TimeMachine, add_rows
-from reaping import LIFETIME, PAST, run, run_json, synced_later
+from apps import Site, Sites, TimeMachine, add_rows, key_of
+from reaping import LIFETIME, PAST, change_row, run, run_json, synced_later
 
 COMMANDS = ["reap-sessions", "session_cleanup"]
 #: What ``--json`` has at least.
@@ -110,15 +110,29 @@ def test_unchecked_rows_are_3_and_kept(site: Site, clock: TimeMachine) -> None:
 def test_clocks_apart_is_4(site: Site, clock: TimeMachine) -> None:
     """A row from the future: then nothing that this clock says can be trusted."""
     clock.forward(PAST)
-    add_rows(site, 1)
     synced_later(site, 240)
     assert run(site, "--dry-run").exit_code == 0
     synced_later(site, 400)
     for options in ([], ["--without-nodes"]):
         result = run(site, *options)
         assert result.exit_code == 4
-        assert "clock" in result.stderr
-    assert len(site.rows()) == 2
+        assert "Refused: clocks are apart" in result.stderr
+        assert key_of(site.sid())[:12] in result.stderr
+        assert key_of(site.sid()) not in result.stderr
+    assert len(site.rows()) == 1
+
+
+def test_clocks_that_are_apart_on_a_later_page(site: Site, clock: TimeMachine) -> None:
+    """What was deleted before stays so; from there on nothing is."""
+    then_ms = clock.now_ms() + PAST * 1000
+    change_row(site, expires_at=then_ms - 100_000, synced_at=then_ms + 400_000)
+    add_rows(site, 1)
+    clock.forward(PAST)
+    code, report = run_json(site, "--batch-size", "1")
+    assert (code, report["examined"], report["reaped"]) == (4, 1, 1)
+    assert report["refused"].startswith("clocks are apart")
+    assert "in this host's future" in report["detail"]
+    assert list(site.rows()) == [key_of(site.sid())]
 
 
 def test_a_host_without_the_nodes_is_4(

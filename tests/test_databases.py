@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from builders import Statements
 from database_servers import new_table_name
 from lab import DEAD, FIRST, LIFETIME, MOVED, SECOND, Answer, Lab, N, User, Worker
 from lab_databases import LabDatabase, ServerTable, lent_database
@@ -23,6 +24,8 @@ BUDGET, SQL_TIMEOUT, SLACK = 2.0, 0.3, 2.0
 each_end = pytest.mark.parametrize("end", ["stop", "kill", "freeze"])
 
 MEMBER = {"_user_id": "7", "x": 1}
+
+DAY_MS = 24 * 3600 * 1000
 
 
 class DatabaseLab(Lab):
@@ -137,6 +140,63 @@ def test_the_reaper_renews_what_is_alive(lab: DatabaseLab) -> None:
     assert (report.renewed, report.reaped, report.failed) == (1, 1, None)
     assert user.sees() == MEMBER
     assert gone.sees() == {}
+
+
+def reaped_with_a_clock(
+    lab: DatabaseLab, apart_ms: int, *options: str
+) -> tuple[int, str]:
+    """Exit code and errors of the command on a host whose clock is so far ahead."""
+    worker = lab.new_worker()
+    worker.state.clock.now_ms = lambda: lab.now_ms() + apart_ms
+    result = worker.app.test_cli_runner().invoke(args=["reap-sessions", *options])
+    return result.exit_code, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("apart_ms", "where"),
+    [(6 * 60_000, "ahead of"), (-6 * 60_000, "behind"), (30 * DAY_MS, "ahead of")],
+)
+def test_a_reaper_whose_clock_is_wrong(
+    lab: DatabaseLab, apart_ms: int, where: str
+) -> None:
+    """It deletes nothing, whatever it takes for over, and says which clocks differ."""
+    user = lab.member(x=1)
+    lab.pass_time(LIFETIME - 60)
+    gone = lab.member(x=2)
+    lab.pass_time(59)
+    for options in ([], ["--without-nodes"]):
+        code, said = reaped_with_a_clock(lab, apart_ms, *options)
+        assert code == 4
+        assert "Refused: clocks are apart" in said
+        assert f"{where} the database's" in said
+    assert user.sees() == MEMBER
+    assert lab.row(gone) == MEMBER | {"x": 2}
+
+
+@pytest.mark.parametrize("apart_ms", [-4 * 60_000, 4 * 60_000])
+def test_a_reaper_whose_clock_is_nearly_right(lab: DatabaseLab, apart_ms: int) -> None:
+    """Minutes are allowed for: the dead go, the living stay."""
+    gone = lab.member(x=2)
+    lab.pass_time(LIFETIME)
+    user = lab.member(x=1)
+    lab.pass_time(N + 600)
+    assert reaped_with_a_clock(lab, apart_ms, "--quiet") == (0, "")
+    assert lab.row(gone) is None
+    assert user.sees() == MEMBER
+
+
+def test_what_a_pass_asks_of_the_database(lab: DatabaseLab) -> None:
+    """Its clock, one statement, and then pages along an index: nothing for each row."""
+    for number in range(5):
+        lab.member(x=number)
+    statements = Statements()
+    statements.watch(lab.worker.state.sql.engine)
+    assert lab.worker.reap().examined == 0
+    assert len(statements.texts) == 2
+    lab.pass_time(3 * LIFETIME)
+    assert lab.worker.reap(batch_size=5).reaped == 5
+    # The clock, two pages, and one deletion for each row that is dead.
+    assert len(statements.texts) == 2 + 3 + 5
 
 
 def test_a_user_is_revoked(lab: DatabaseLab) -> None:

@@ -33,7 +33,9 @@ from flask_resilient_session.reaping import (
     Keep,
     Reap,
     Renew,
+    apart_from_database,
     may_reap,
+    written_ahead,
 )
 from flask_resilient_session.record import (
     Hit,
@@ -125,6 +127,44 @@ def test_a_silent_home_is_named() -> None:
     """The reason says which home did not answer."""
     verdict = may_reap(ROWS["live"], replies("miss", "unreachable"), TIMING, NOW, NOW)
     assert verdict == Keep(f"no answer from {SECOND_HOME}")
+
+
+# --- clocks ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ahead_ms", "said"),
+    [
+        (0, None),
+        (5 * 60 * SECOND, None),
+        (-5 * 60 * SECOND, None),
+        (5 * 60 * SECOND + 1, "this host's clock is 300 s ahead of the database's"),
+        (-5 * 60 * SECOND - 1, "this host's clock is 300 s behind the database's"),
+        (40 * DAY, "this host's clock is 3456000 s ahead of the database's"),
+    ],
+)
+def test_a_clock_and_the_databases(ahead_ms: int, said: str | None) -> None:
+    """Five minutes are near enough; more are not, in either direction."""
+    assert apart_from_database(NOW + ahead_ms, NOW) == said
+
+
+def test_a_database_without_a_clock_of_its_own() -> None:
+    """There is nothing to compare with."""
+    assert apart_from_database(NOW, None) is None
+
+
+def test_rows_written_until_now() -> None:
+    """The past says nothing about a clock, nor does the near future."""
+    written = {"a": NOW - DAY, "b": NOW, "c": NOW + 5 * 60 * SECOND}
+    assert written_ahead(NOW, written) is None
+    assert written_ahead(NOW, {}) is None
+
+
+def test_a_row_from_the_future() -> None:
+    """It is named, with how far ahead it is."""
+    written = {"a": NOW, "b": NOW + 5 * 60 * SECOND + 1}
+    said = "the row of session b was written 300 s in this host's future"
+    assert written_ahead(NOW, written) == said
 
 
 # --- time ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -362,9 +363,22 @@ def test_pages_of_live_rows(table: SqlTable, limit: int) -> None:
 
 
 def test_an_empty_table(table: SqlTable) -> None:
-    """Nothing was ever synced, and nothing is over."""
-    assert table.newest_sync(soon()) == 0
+    """Nothing is over."""
     assert table.count_expired(NOW, soon()) == 0
+
+
+def test_the_databases_clock(table: SqlTable) -> None:
+    """It is told in Unix time, whatever the server's time zone; SQLite has ours."""
+    dialect = table.engine.dialect.name
+    if dialect == "sqlite":
+        assert table.clock_ms(soon()) is None
+        return
+    zone = "SET TIME ZONE 9" if dialect == "postgresql" else "SET time_zone = '+09:00'"
+    with table.engine.connect() as connection:
+        connection.exec_driver_sql(zone)
+    told = table.clock_ms(soon())
+    assert told is not None
+    assert abs(told - time.time() * 1000) < 60_000
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def tables() -> Iterator[Callable[..., SqlTable]]:
 def table(database: DatabaseServer, tables: Callable[..., SqlTable]) -> SqlTable:
     """A table with one row on each server, and an open connection to it."""
     made = tables(database)
-    made.newest_sync(soon())
+    made.count_expired(0, soon())
     made.insert(row(KEY), soon())
     return made
 
@@ -192,7 +192,7 @@ def test_a_frozen_server_and_the_reaper(
 ) -> None:
     """The deadline of what no request waits for holds as well."""
     database.freeze()
-    fails(table.newest_sync)
+    fails(table.clock_ms)
     fails(lambda until: table.page_live(None, "", 9, until))
 
 
@@ -561,7 +561,7 @@ def crowd(size, seconds=30):
     jobs = [gevent.spawn(read, seconds) for _ in range(size)]
     gevent.joinall(jobs)
     return [job.value for job in jobs]
-table.newest_sync(time.monotonic() + 30)
+table.count_expired(0, time.monotonic() + 30)
 print(*{outcome for outcome, _ in crowd(12)}, flush=True)
 sys.stdin.readline()
 results = crowd(3, 0.3)

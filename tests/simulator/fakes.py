@@ -580,12 +580,9 @@ class FakeSql:
             "count", "", deadline, lambda: sum(r.expires_at < before_ms for r in rows)
         )
 
-    def newest_sync(self, deadline: float) -> int:
-        """The largest ``synced_at``."""
-        rows = self._database.rows.values()
-        return self._call(
-            "newest", "", deadline, lambda: max((r.synced_at for r in rows), default=0)
-        )
+    def clock_ms(self, deadline: float) -> int | None:
+        """None, as on SQLite, so that a reaper works though its clock is wrong."""
+        return self._call("clock", "", deadline, lambda: None)
 
     def _call(
         self, what: str, key: str, deadline: float, apply: Callable[[], _Result]
