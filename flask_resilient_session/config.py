@@ -39,9 +39,6 @@ UNAVAILABLE_FEATURES: Mapping[str, str] = MappingProxyType({})
 
 # Durations are in seconds, sizes in bytes, lengths in characters.
 
-#: Copies of a session. The protocol judges one copy or a pair, no more.
-MIN_REPLICAS, MAX_REPLICAS = 1, 2
-
 #: The longest duration, 5000 years. A moment has to fit into a date that a cookie
 #: can name, before the year 10000, and into 64 bits of milliseconds.
 MAX_DURATION = 5000 * 365.25 * 86400
@@ -112,7 +109,6 @@ class Settings:
     """One field for each ``RESILIENT_SESSION_*`` key; durations in seconds."""
 
     nodes: tuple[NodeSettings, ...]
-    replicas: int
     sync_interval: float
     sync_writes: int | None
     absolute_lifetime: float | None
@@ -279,7 +275,6 @@ _TABLE_NAME = _text(
 _KEYS: Mapping[str, tuple[Any, _Rule]] = MappingProxyType(
     {
         "nodes": ([], _Rule(parse_nodes, "a list of nodes")),
-        "replicas": (2, _whole(MIN_REPLICAS, MAX_REPLICAS)),
         "sync_interval": (120, _DURATION),
         "sync_writes": (None, _optional(_whole(1))),
         "absolute_lifetime": (None, _optional(_seconds(MIN_WAIT, MAX_DURATION))),

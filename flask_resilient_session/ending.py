@@ -9,7 +9,8 @@ from .access import Access
 from .errors import SqlUnavailable
 from .events import session_revoked, short
 from .record import Tombstone
-from .replication import PAIR, Live, all_stored
+from .replication import Live, all_stored
+from .ring import PAIR
 from .steps import Steps
 from .wire import Ack
 

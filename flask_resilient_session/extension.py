@@ -151,6 +151,11 @@ class ResilientSession:
                 "No memcached nodes are configured (RESILIENT_SESSION_NODES):"
                 " sessions live in SQL alone."
             )
+        elif len(settings.nodes) == 1:
+            logger.warning(
+                "One memcached node alone (RESILIENT_SESSION_NODES) proves nothing: SQL"
+                " is asked and told at each request. Configure two or more."
+            )
 
     @property
     def stats(self) -> Stats:
@@ -236,10 +241,7 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
             first_pause=settings.node_retry, longest_pause=settings.node_retry_max
         )
 
-    ring = Ring(
-        [RingNode(node.name, node.weight, node.zone) for node in settings.nodes],
-        settings.replicas,
-    )
+    ring = Ring(RingNode(n.name, n.weight, n.zone) for n in settings.nodes)
     cluster = Cluster(
         {n.name: Node(n.name, n.address, clock.monotonic) for n in settings.nodes},
         new_breaker=new_breaker,

@@ -28,11 +28,9 @@ from .record import (
     join_tombstones,
     same_state,
 )
+from .ring import PAIR
 from .times import CLOCKS_APART_MS, expires_ms
 from .wire import Ack
-
-#: With fewer homes there is no second opinion: SQL is asked and told every time.
-PAIR: Final = 2
 
 #: A request that moves a session has ended after this, whatever its budget.
 MOVE_AT_WORK_MS: Final = 60_000

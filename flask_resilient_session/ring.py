@@ -4,8 +4,8 @@ Every node has points on a ring of 64-bit numbers. The homes of a session are
 the first distinct nodes met after the session's own point, in distinct zones as
 far as there are enough. Configuration alone decides; health moves nothing.
 
-**Changing one node replaces at most one home of any session**, so with two
-homes every session keeps at least one. The reason: a node's points depend on its
+**Changing one node replaces at most one home of any session**, so that every session
+keeps at least one. The reason: a node's points depend on its
 own name and weight only, so adding a node X leaves the order in which the
 others are met as it was and puts X somewhere into it. The homes are taken from
 that order: first the first-met node of each zone (its leader), then the rest.
@@ -28,6 +28,11 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
+
+#: The homes of a session, where there are enough nodes. With fewer there is no second
+#: opinion: SQL is asked and told every time.
+PAIR: Final = 2
 
 #: Points of a node of weight 1. The share of the ring that a node gets strays
 #: from its fair share by about 1 / sqrt(points): 6 % here. The cost of building
@@ -55,13 +60,10 @@ class Ring:
     """An immutable ring; safe to share between threads.
 
     :param nodes: the nodes, in any order: the order has no effect.
-    :param copies: how many homes a session has, at least 1.
-    :raises ValueError: two nodes have the same name, or ``copies`` is below 1.
+    :raises ValueError: two nodes have the same name.
     """
 
-    def __init__(self, nodes: Iterable[RingNode], copies: int) -> None:
-        if copies < 1:
-            raise ValueError(f"A ring needs at least 1 copy, not {copies}.")
+    def __init__(self, nodes: Iterable[RingNode]) -> None:
         by_name: dict[str, RingNode] = {}
         for node in nodes:
             if node.name in by_name:
@@ -74,7 +76,7 @@ class Ring:
             (point, node.name) for node in by_name.values() for point in _points(node)
         )
         self._points = [point for point, _ in marks]
-        self._homes = _homes_by_position([by_name[name] for _, name in marks], copies)
+        self._homes = _homes_by_position([by_name[name] for _, name in marks])
 
     @property
     def names(self) -> frozenset[str]:
@@ -85,8 +87,8 @@ class Ring:
         """Return the names of the nodes that should hold a session, best first.
 
         :param session_key: the hex SHA-256 of the session id, 64 characters.
-        :returns: as many distinct names as there are copies, or all names
-            where there are fewer nodes; nothing on an empty ring.
+        :returns: :data:`PAIR` distinct names, or all where there are fewer nodes;
+            nothing on an empty ring.
         :raises ValueError: the key does not begin with 16 hex characters.
         """
         return self._homes[bisect_right(self._points, int(session_key[:16], 16))]
@@ -103,11 +105,10 @@ def _points(node: RingNode) -> Iterable[int]:
         yield int.from_bytes(digest.digest()[:8], "big")
 
 
-def _homes_by_position(order: list[RingNode], copies: int) -> list[tuple[str, ...]]:
+def _homes_by_position(order: list[RingNode]) -> list[tuple[str, ...]]:
     """Return the homes for each place between two points of the ring.
 
     :param order: the node of each point, points ascending.
-    :param copies: how many homes to find.
     :returns: at index i the homes of a key that has i points at or before its
         own; one entry more than there are points, the last equal to the first.
     """
@@ -127,10 +128,10 @@ def _homes_by_position(order: list[RingNode], copies: int) -> list[tuple[str, ..
     for node in reversed(order):
         pass_by(node)
     known: dict[tuple[str, ...], tuple[str, ...]] = {}
-    homes = [_nearest(met, leaders, copies)]
+    homes = [_nearest(met, leaders)]
     for node in reversed(order):
         pass_by(node)
-        found = _nearest(met, leaders, copies)
+        found = _nearest(met, leaders)
         # Few distinct answers and many points: keep each answer once.
         homes.append(known.setdefault(found, found))
     homes.reverse()
@@ -138,17 +139,17 @@ def _homes_by_position(order: list[RingNode], copies: int) -> list[tuple[str, ..
 
 
 def _nearest(
-    met: OrderedDict[str, None], leaders: OrderedDict[str, str], copies: int
+    met: OrderedDict[str, None], leaders: OrderedDict[str, str]
 ) -> tuple[str, ...]:
-    """Return up to ``copies`` names: the leaders of the zones, then the rest."""
+    """Return up to :data:`PAIR` names: the leaders of the zones, then the rest."""
     found: list[str] = []
     for name in reversed(leaders.values()):
-        if len(found) == copies:
+        if len(found) == PAIR:
             return tuple(found)
         found.append(name)
     leading = set(found)
     for name in reversed(met):
-        if len(found) == copies:
+        if len(found) == PAIR:
             break
         if name not in leading:
             found.append(name)

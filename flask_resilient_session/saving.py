@@ -12,7 +12,6 @@ from .events import session_conflict, session_created, short
 from .loading import Loader
 from .record import Record, drop_markers
 from .replication import (
-    PAIR,
     Gone,
     Live,
     Outcome,
@@ -22,6 +21,7 @@ from .replication import (
     judge_acks,
     sql_need,
 )
+from .ring import PAIR
 from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
 from .times import touch_due
 from .wire import Ack

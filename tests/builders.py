@@ -375,7 +375,7 @@ def make_site(servers: Sequence[Memcached], path: Path, **changes: Any) -> Site:
     }
     common: dict[str, Any] = {"clock": clock, "random": dice, "observer": observer}
     cluster = make_cluster(nodes, node_timeout=node_timeout, **common)
-    ring = Ring([RingNode(name) for name in nodes], 2)
+    ring = Ring(RingNode(name) for name in nodes)
     homes = Homes(ring, cluster)
     sql = SwitchedSql(sqlite_table(path / "sessions.sqlite"))
     durable = Durable(

@@ -29,7 +29,6 @@ NAN, INF = float("nan"), float("inf")
 
 DEFAULTS: dict[str, Any] = {
     "nodes": (),
-    "replicas": 2,
     "sync_interval": 120.0,
     "sync_writes": None,
     "absolute_lifetime": None,
@@ -61,7 +60,6 @@ WAIT = "a number of seconds or a timedelta, from 0.001 to 86400"
 #: Key -> what its error says is allowed.
 ALLOWED = {
     "nodes": "a list of",
-    "replicas": "a whole number from 1 to 2",
     "sync_interval": DURATION,
     "sync_writes": "a whole number of at least 1, or None",
     "absolute_lifetime": LIFETIME,
@@ -129,7 +127,6 @@ VALID: dict[str, list[tuple[Any, Any]]] = {
             (NodeSettings("unix:/m", "unix:/m", 2.0, "localhost"),),
         ),
     ],
-    "replicas": [(1, 1), (2, 2), ("1", 1), (2.0, 2)],
     "sync_interval": DURATIONS,
     "sync_writes": [*NONES, (1, 1), ("10", 10), (10.0, 10), (10**6, 10**6)],
     "absolute_lifetime": [*NONES, (86400, 86400.0), ("0.001", 0.001), *DURATIONS[1:]],
@@ -156,7 +153,6 @@ VALID: dict[str, list[tuple[Any, Any]]] = {
 #: Key -> values that are refused.
 INVALID: dict[str, list[Any]] = {
     "nodes": [5, True, {"address": "a"}],
-    "replicas": [3, *NO_COUNT, *NO_NUMBER],
     "sync_interval": NO_DURATION,
     "sync_writes": [*NO_COUNT, *NO_OPTIONAL_NUMBER],
     "absolute_lifetime": [0, -1, timedelta(0), 1e12, *NO_OPTIONAL_NUMBER],
@@ -341,10 +337,10 @@ def test_other_keys_are_ignored() -> None:
 
 def test_any_mapping() -> None:
     """Settings are read from any mapping, which stays as it is."""
-    values = {f"{PREFIX}NODES": ["a"], f"{PREFIX}REPLICAS": 1}
+    values = {f"{PREFIX}NODES": ["a"], f"{PREFIX}SYNC_WRITES": 1}
     settings = load_settings(MappingProxyType(values))
-    assert settings.replicas == 1
-    assert values == {f"{PREFIX}NODES": ["a"], f"{PREFIX}REPLICAS": 1}
+    assert settings.sync_writes == 1
+    assert values == {f"{PREFIX}NODES": ["a"], f"{PREFIX}SYNC_WRITES": 1}
 
 
 @pytest.mark.parametrize(
@@ -374,7 +370,7 @@ def test_settings_are_frozen_values() -> None:
     settings = load(nodes="a,b")
     assert len({settings, load(nodes=["a", "b"])}) == 1
     with pytest.raises(FrozenInstanceError):
-        settings.replicas = 1  # type: ignore[misc]
+        settings.sync_writes = 1  # type: ignore[misc]
 
 
 def test_node_order_changes_no_node() -> None:
@@ -404,7 +400,6 @@ def from_environment(monkeypatch: pytest.MonkeyPatch, **values: str) -> Settings
         ("nodes", "None", ()),
         ("nodes", "null", ()),
         ("nodes", "[]", ()),
-        ("replicas", "1", 1),
         ("sync_interval", "30", 30.0),
         ("sync_interval", "1.5", 1.5),
         ("sync_interval", '"30"', 30.0),
@@ -448,8 +443,8 @@ def test_environment(
     ("field", "value", "shown"),
     [
         ("nodes", "11211", "11211"),
-        ("replicas", "3", "3"),
-        ("replicas", "true", "True"),
+        ("sync_writes", "0", "0"),
+        ("sync_writes", "true", "True"),
         ("sync_interval", "NaN", "nan"),
         ("sync_interval", "Infinity", "inf"),
         ("sync_interval", "2 minutes", "'2 minutes'"),

@@ -45,11 +45,11 @@ def test_twice_is_an_error_with_a_remedy(apps: BareApps) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("RESILIENT_SESSION_REPLICAS", 3),
+        ("RESILIENT_SESSION_SYNC_WRITES", 0),
         ("RESILIENT_SESSION_NODE_TIMEOUT", -1),
         ("RESILIENT_SESSION_NODES", "a:1,a:1"),
         ("RESILIENT_SESSION_ON_UNAVAILABLE", "maybe"),
-        ("RESILIENT_SESSION_REPLICA", 2),
+        ("RESILIENT_SESSION_NODE", "a:1"),
         ("PERMANENT_SESSION_LIFETIME", timedelta(0)),
     ],
 )
@@ -119,7 +119,6 @@ def test_settings_may_come_from_the_environment(
     addresses = [node.address for node in nodes]
     for key, value in {
         "NODES": ",".join(addresses),
-        "REPLICAS": "2",
         "CREATE_TABLE": "True",
         "SYNC_WRITES": "None",
         "ENCRYPT": "false",
@@ -155,12 +154,17 @@ def test_json_nodes_from_the_environment(
     works(app)
 
 
-@pytest.mark.parametrize("single", ["one replica", "one node"])
-def test_one_home_writes_through_and_asks_sql(sites: Sites, single: str) -> None:
+def test_one_node_writes_through_and_asks_sql(
+    sites: Sites, caplog: pytest.LogCaptureFixture
+) -> None:
     """A copy without a second opinion is not trusted; every change is in SQL."""
-    if single == "one node":
-        sites.nodes = sites.nodes[:1]
-    site = sites(RESILIENT_SESSION_REPLICAS=1 if single == "one replica" else 2)
+    sites()
+    assert caplog.messages == []
+    sites.nodes = sites.nodes[:1]
+    site = sites()
+    (warning,) = caplog.messages
+    assert "RESILIENT_SESSION_NODES" in warning
+    assert "SQL is asked and told at each request" in warning
     site.set(a=1)
     site.data()
     for n in range(3):

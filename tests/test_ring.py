@@ -55,30 +55,27 @@ def replaced(before: Ring, after: Ring, key: str) -> int:
 
 
 def test_an_empty_ring_has_no_homes() -> None:
-    """Without nodes nobody is home, whatever the number of copies."""
-    assert Ring([], 2).homes(KEYS[0]) == ()
-    assert Ring([], 2).names == frozenset()
+    """Without nodes nobody is home."""
+    assert Ring([]).homes(KEYS[0]) == ()
+    assert Ring([]).names == frozenset()
 
 
 def test_there_are_never_more_homes_than_nodes() -> None:
-    """The number of homes is that of copies or nodes, whichever is less."""
+    """Two homes, or one where there is but one node."""
     for count in range(1, 5):
-        for copies in range(1, 5):
-            homes = Ring(plain(count), copies).homes(KEYS[0])
-            assert len(homes) == len(set(homes)) == min(copies, count)
+        homes = Ring(plain(count)).homes(KEYS[0])
+        assert len(homes) == len(set(homes)) == min(2, count)
 
 
-def test_wrong_arguments_are_refused() -> None:
-    """Two nodes of one name, and no copies at all, are errors."""
+def test_two_nodes_of_one_name_are_refused() -> None:
+    """Nobody could tell them apart."""
     with pytest.raises(ValueError, match="'node-0'"):
-        Ring([*plain(2), RingNode("node-0", 2.0)], 2)
-    with pytest.raises(ValueError, match="not 0"):
-        Ring(plain(2), 0)
+        Ring([*plain(2), RingNode("node-0", 2.0)])
 
 
 def test_names_are_those_of_the_nodes() -> None:
     """The ring tells which names it knows."""
-    assert Ring(plain(3), 2).names == {"node-0", "node-1", "node-2"}
+    assert Ring(plain(3)).names == {"node-0", "node-1", "node-2"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,9 +84,9 @@ def test_the_order_of_the_list_has_no_effect(
 ) -> None:
     """Shuffled nodes give the same homes."""
     nodes = layout(7)
-    straight = Ring(nodes, 2)
+    straight = Ring(nodes)
     random.Random(5).shuffle(nodes)
-    shuffled = Ring(iter(nodes), 2)
+    shuffled = Ring(iter(nodes))
     assert all(straight.homes(key) == shuffled.homes(key) for key in KEYS[:2000])
 
 
@@ -102,14 +99,13 @@ def test_a_larger_weight_only_adds_points() -> None:
     assert len(list(_points(RingNode("a", 0.0001)))) == 1
 
 
-@pytest.mark.parametrize("copies", [1, 2, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_homes_are_found_by_walking_the_ring(
-    layout: Callable[[int], list[RingNode]], copies: int
+    layout: Callable[[int], list[RingNode]],
 ) -> None:
     """The table agrees with a plain walk forwards from the key's point."""
     nodes = layout(6)
-    ring = Ring(nodes, copies)
+    ring = Ring(nodes)
     marks = sorted((point, node.name) for node in nodes for point in _points(node))
     zones = {node.name: node.zone for node in nodes}
     for key in KEYS[:300]:
@@ -121,7 +117,7 @@ def test_homes_are_found_by_walking_the_ring(
         leaders = list({zones[name]: name for name in reversed(order)}.values())[::-1]
         leaders.sort(key=list(order).index)
         expected = dict.fromkeys([*leaders, *order])
-        assert ring.homes(key) == tuple(expected)[:copies]
+        assert ring.homes(key) == tuple(expected)[:2]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
@@ -131,9 +127,9 @@ def test_a_new_node_leaves_every_session_a_home(
 ) -> None:
     """Adding, and removing, any one node loses no key more than one home."""
     nodes = layout(count + 1)
-    after = Ring(nodes, 2)
+    after = Ring(nodes)
     for leaver in nodes:
-        before = Ring([node for node in nodes if node is not leaver], 2)
+        before = Ring([node for node in nodes if node is not leaver])
         for key in KEYS:
             assert set(before.homes(key)) & set(after.homes(key))
             assert replaced(before, after, key) <= 1
@@ -152,16 +148,15 @@ NODE = st.builds(
     nodes=st.lists(NODE, max_size=7, unique_by=lambda node: node.name),
     one=NODE,
     other=NODE,
-    copies=st.integers(1, 4),
 )
 def test_any_change_of_one_node_replaces_at_most_one_home(
-    nodes: list[RingNode], one: RingNode, other: RingNode, copies: int
+    nodes: list[RingNode], one: RingNode, other: RingNode
 ) -> None:
     """Adding, removing, and another weight and zone, on any layout."""
     rest = [node for node in nodes if node.name != one.name]
-    without = Ring(rest, copies)
-    before = Ring([*rest, one], copies)
-    after = Ring([*rest, RingNode(one.name, other.weight, other.zone)], copies)
+    without = Ring(rest)
+    before = Ring([*rest, one])
+    after = Ring([*rest, RingNode(one.name, other.weight, other.zone)])
     for key in KEYS[:300]:
         assert replaced(without, before, key) <= 1
         assert replaced(before, without, key) <= 1
@@ -169,19 +164,17 @@ def test_any_change_of_one_node_replaces_at_most_one_home(
 
 
 def test_zones_are_distinct_as_far_as_there_are_enough() -> None:
-    """Homes lie in as many zones as they can, and the rest are filled up."""
+    """Homes lie in two zones where there are two."""
     nodes = [RingNode(f"node-{n}", zone="b" if n == 5 else "") for n in range(6)]
     zones = {node.name: node.zone for node in nodes}
-    pair, three = Ring(nodes, 2), Ring(nodes, 3)
+    ring = Ring(nodes)
     for key in KEYS[:5000]:
-        assert {zones[name] for name in pair.homes(key)} == {"", "b"}
-        assert {zones[name] for name in three.homes(key)} == {"", "b"}
-        assert len(set(three.homes(key))) == 3
+        assert {zones[name] for name in ring.homes(key)} == {"", "b"}
 
 
 def test_a_new_node_takes_its_share_and_no_more() -> None:
     """One node more takes about 1/(n+1) of the copies; nothing else moves."""
-    before, after = Ring(plain(5), 2), Ring(plain(6), 2)
+    before, after = Ring(plain(5)), Ring(plain(6))
     moved = 0
     for key in KEYS:
         new = set(after.homes(key)) - set(before.homes(key))
@@ -192,10 +185,10 @@ def test_a_new_node_takes_its_share_and_no_more() -> None:
 
 def test_the_load_follows_the_weights() -> None:
     """Equal nodes hold equally much; first homes are in proportion to weight."""
-    eight = Ring(plain(8), 2)
+    eight = Ring(plain(8))
     equal = Counter(name for key in KEYS for name in eight.homes(key))
     assert max(equal.values()) / min(equal.values()) < 1.3
-    ring = Ring([RingNode("a", 4.0), RingNode("b", 2.0), RingNode("c", 2.0)], 1)
+    ring = Ring([RingNode("a", 4.0), RingNode("b", 2.0), RingNode("c", 2.0)])
     firsts = Counter(ring.homes(key)[0] for key in KEYS)
     assert firsts["a"] / len(KEYS) == pytest.approx(0.5, rel=0.1)
     assert firsts["b"] / len(KEYS) == pytest.approx(0.25, rel=0.15)
@@ -204,10 +197,9 @@ def test_the_load_follows_the_weights() -> None:
 def test_placement_is_the_same_in_every_release() -> None:
     """Homes of fixed keys: if this fails, an upgrade would move all sessions."""
     names = {FIRST: 1.0, SECOND: 2.0, THIRD: 0.5, FOURTH: 1.0}
-    one_zone = Ring([RingNode(*item) for item in names.items()], 2)
+    one_zone = Ring(RingNode(*item) for item in names.items())
     two_zones = Ring(
-        [RingNode(*item, "b" if item[0] == SECOND else "a") for item in names.items()],
-        2,
+        RingNode(*item, "b" if item[0] == SECOND else "a") for item in names.items()
     )
     zero, one, two, three = session_keys(4)
     assert one_zone.homes("0" * 64) == (FIRST, SECOND)

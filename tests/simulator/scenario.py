@@ -57,7 +57,7 @@ def _ring(names: frozenset[str], layout: int = 0) -> Ring:
     for name in sorted(names):
         zone, weight = zones.get(name, (name, 1.0))
         nodes.append(RingNode(name, weight, zone))
-    return Ring(nodes, 2)
+    return Ring(nodes)
 
 
 def _holds(
