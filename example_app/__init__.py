@@ -14,13 +14,10 @@ from typing import Any
 from flask import Flask, Response, render_template
 from werkzeug.exceptions import HTTPException
 
-from flask_resilient_session import ResilientSession
-
 from . import shop
+from .extensions import sessions
 from .history import History
 from .models import db, fill_shelves
-
-sessions = ResilientSession()
 
 
 def create_app(config: Mapping[str, Any] | None = None) -> Flask:

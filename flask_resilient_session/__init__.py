@@ -16,6 +16,7 @@ from .errors import (
     SetupError,
 )
 from .events import (
+    COUNTERS,
     node_down,
     node_up,
     session_conflict,
@@ -26,14 +27,16 @@ from .events import (
     session_revoked,
 )
 from .extension import ResilientSession
+from .inspection import NodeCopy, SessionInspection, SessionRow
 from .interface import ResilientSessionInterface
 from .reaper import ReapOptions, ReapReport
 from .revocation import SessionInfo
 from .session import Session
-from .trace import SessionTrace
 
 __all__ = [
+    "COUNTERS",
     "ConfigurationError",
+    "NodeCopy",
     "ReapOptions",
     "ReapReport",
     "ResilientSession",
@@ -41,8 +44,9 @@ __all__ = [
     "ResilientSessionInterface",
     "Session",
     "SessionInfo",
+    "SessionInspection",
+    "SessionRow",
     "SessionTooLarge",
-    "SessionTrace",
     "SessionUnavailable",
     "SetupError",
     "node_down",

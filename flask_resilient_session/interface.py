@@ -23,7 +23,6 @@ from .keys import Keys
 from .replication import Gone, Live
 from .session import LazySession, Session, new_sid
 from .store import Changes, Store
-from .trace import CopyState, SessionTrace, copies, trace
 from .visit import Household, RequestVisit
 
 #: A request that arrives with an id that was moved this short a time ago was sent
@@ -125,20 +124,6 @@ class ResilientSessionInterface(SessionInterface):
     def regenerate(self, session: Session) -> None:
         """Give a session a new id; the name that Flask-Session users know."""
         session.regenerate()
-
-    def trace(self, session: Session) -> SessionTrace:
-        """Where this session lives and how this request came by it.
-
-        Loads it if that was not done yet; never raises for an unavailable one.
-        """
-        unavailable = session.unavailable
-        visit = cast(RequestVisit, session.visit)
-        return trace(self.store, visit, unavailable=unavailable)
-
-    def copies(self, session: Session) -> dict[str, CopyState]:
-        """What every configured node holds for this session right now; asks them."""
-        names = tuple(sorted(self.store.homes.cluster.names))
-        return copies(self.store, cast(RequestVisit, session.visit), names)
 
     def _warn(self, app: Flask) -> None:
         """Say once, at the first request, what the application has overlooked."""

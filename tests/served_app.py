@@ -109,8 +109,7 @@ def create_app() -> Flask:
     sessions = ResilientSession(app, db)
     state = app.extensions["resilient_session"]
     cluster = state.store.homes.cluster
-    durable = state.store.durable
-    sql = durable._breaker
+    sql = state.store.durable._breaker
     opened: dict[str, Any] = {"process": None, "nodes": 0, "sql": 0}
 
     @app.post("/login/<user>")
@@ -158,8 +157,7 @@ def create_app() -> Flask:
     def about() -> Any:
         """What this process knows; with a cookie it asks every node and SQL first."""
         if session.get("_user_id") is not None:
-            app.session_interface.copies(session)  # type: ignore[attr-defined]
-            durable.read(session.visit.access_for_saving())  # type: ignore[attr-defined]
+            sessions.inspect(session)
         return jsonify(
             process=os.getpid(),
             preloaded=opened,

@@ -215,6 +215,7 @@ def test_the_page_tells_what_happened(
     shopper.arrive()
     page = shopper.look()
     assert title_of(page) == "Read from memory"
+    assert "nothing changed since." in page
     homes = HOME.findall(page)
     assert len(homes) == 2
     home = three_nodes[int(homes[0].removeprefix("node")) - 1]

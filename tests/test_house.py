@@ -61,7 +61,7 @@ LEVELS = {
     "cookie": 2,
     "keys": 4,
     "visit": 11,
-    "trace": 12,
+    "inspection": 12,
     "interface": 13,
     # upkeep
     "reaper": 11,
@@ -95,7 +95,7 @@ ONLY_IN = {
     "click": {"cli", "extension"},
     "time": {"clock"},
     "flask": {
-        *("session", "cookie", "keys", "visit", "trace", "interface"),
+        *("session", "cookie", "keys", "visit", "interface"),
         *("cli", "engines", "extension"),
     },
     **{name: set() for name in ("pickle", "marshal", "shelve", "dill")},

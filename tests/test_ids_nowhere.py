@@ -132,8 +132,7 @@ def live_through(site: Site, said: Collector, monkeypatch: pytest.MonkeyPatch) -
     """Visits, logins and logouts, and every fault that a request can meet."""
     said.visit(lambda: session.update(a=1))
     said.visit(lambda: session.update(_user_id="alice"))
-    said.visit(lambda: site.state.interface.trace(session._get_current_object()))  # type: ignore[attr-defined]
-    said.visit(lambda: site.state.interface.copies(session._get_current_object()))  # type: ignore[attr-defined]
+    said.visit(lambda: repr(site.sessions.inspect(session)))
     said.visit(lambda: session.update(big=b"x" * 600_000))
     said.visit(lambda: session.update(odd=Unserialisable()))
     said.visit(lambda: 1 // 0)

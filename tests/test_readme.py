@@ -115,6 +115,26 @@ def test_the_examples_do_what_they_say(
     assert client.get("/count").json == {"visits": 1}
 
 
+def test_the_example_shows_where_a_session_is(
+    example: dict[str, Any], nodes: list[Memcached]
+) -> None:
+    """The README's page tells a copy from a node that does not answer."""
+    client = example["app"].test_client()
+    client.post("/login")
+    addresses = [node.address for node in nodes]
+    assert client.get("/copies").json == {
+        "standing": "agreed",
+        "nodes": dict.fromkeys(addresses, "current"),
+        "row": "live",
+    }
+    nodes[0].kill()
+    shown = client.get("/copies").json
+    assert shown["standing"] == "confirmed"
+    assert shown["nodes"] == dict(
+        zip(addresses, ("unreachable", "current"), strict=True)
+    )
+
+
 def test_signals_reach_the_examples_listener(
     example: dict[str, Any],
     nodes: list[Memcached],
