@@ -24,7 +24,6 @@ from .errors import ConfigurationError
 __all__ = [
     "CONFIG_KEYS",
     "PREFIX",
-    "UNAVAILABLE_FEATURES",
     "NodeSettings",
     "Settings",
     "Timing",
@@ -33,9 +32,6 @@ __all__ = [
 
 #: What every key of this package begins with.
 PREFIX = "RESILIENT_SESSION_"
-
-#: Settings whose feature is not built: key -> why only the default is allowed.
-UNAVAILABLE_FEATURES: Mapping[str, str] = MappingProxyType({})
 
 # Durations are in seconds, sizes in bytes, lengths in characters.
 
@@ -310,8 +306,7 @@ def load_settings(config: Mapping[str, Any]) -> Settings:
 
     :param config: ``app.config`` or any mapping; other keys are ignored.
     :returns: the settings, defaults filled in.
-    :raises ConfigurationError: a key is unknown, a value is not allowed, or it
-        asks for a feature that this version does not have.
+    :raises ConfigurationError: a key is unknown, or a value is not allowed.
     """
     for key, value in config.items():
         if key.startswith(PREFIX) and key not in CONFIG_KEYS:
@@ -334,20 +329,15 @@ def load_settings(config: Mapping[str, Any]) -> Settings:
 def _load(key: str, config: Mapping[str, Any], default: Any, rule: _Rule) -> Any:
     """Read one key.
 
-    :raises ConfigurationError: the value is refused, or its feature is missing.
+    :raises ConfigurationError: the value is refused.
     """
     value = config.get(key, default)
-    reason = UNAVAILABLE_FEATURES.get(key)
-    allowed = rule.allowed if reason is None else f"{default!r}; {reason}"
     try:
-        parsed = rule.parse(value)
+        return rule.parse(value)
     except ConfigurationError:
         raise
     except ValueError:
-        raise ConfigurationError(key, value, allowed) from None
-    if reason is not None and parsed != default:
-        raise ConfigurationError(key, value, allowed)
-    return parsed
+        raise ConfigurationError(key, value, rule.allowed) from None
 
 
 def _known_key(key: str) -> str:

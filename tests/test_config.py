@@ -12,11 +12,9 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_resilient_session import config
 from flask_resilient_session.config import (
     CONFIG_KEYS,
     PREFIX,
-    UNAVAILABLE_FEATURES,
     NodeSettings,
     Settings,
     Timing,
@@ -194,12 +192,6 @@ def refused(settings: Mapping[str, Any]) -> ConfigurationError:
     return caught.value
 
 
-@pytest.fixture
-def everything_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every feature available, so that the rules themselves are tested."""
-    monkeypatch.setattr(config, "UNAVAILABLE_FEATURES", {})
-
-
 def test_one_field_for_each_key() -> None:
     """Settings, keys and this file's tables list the same names."""
     names = [field.name for field in fields(Settings)]
@@ -245,7 +237,6 @@ def test_valid(field: str, value: object, expected: object) -> None:
     ("field", "value"),
     [(field, value) for field, values in INVALID.items() for value in values],
 )
-@pytest.mark.usefixtures("everything_built")
 def test_invalid(field: str, value: object) -> None:
     """A value that is refused gives an error with key, value and what is allowed."""
     error = refused({full(field): value})
@@ -266,43 +257,6 @@ def test_node_errors_name_the_entry() -> None:
     """A bad node is shown itself, not the whole list."""
     error = refused({"RESILIENT_SESSION_NODES": ["a:1", "b:0"]})
     assert "RESILIENT_SESSION_NODES = 'b:0' is not allowed" in str(error)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "allowed"),
-    [
-        ("encrypt", True, "use False; encryption at rest is not available"),
-        ("encrypt", "true", "use False; encryption at rest is not available"),
-        ("encrypt", "yes", "use False; encryption at rest is not available"),
-        ("reap_grace", 5, "use 60; another grace is not available"),
-        ("reap_grace", timedelta(seconds=1), "use 60; another grace is not"),
-        ("reap_grace", -1, "use 60; another grace is not available"),
-    ],
-)
-def test_unavailable_features(
-    monkeypatch: pytest.MonkeyPatch, field: str, value: object, allowed: str
-) -> None:
-    """A setting for a feature that is not built is refused with the reason."""
-    reasons = {
-        full("encrypt"): "encryption at rest is not available",
-        full("reap_grace"): "another grace is not available",
-    }
-    monkeypatch.setattr(config, "UNAVAILABLE_FEATURES", reasons)
-    error = refused({full(field): value})
-    assert f"{full(field)} = {value!r}" in str(error)
-    assert allowed in str(error)
-
-
-@pytest.mark.usefixtures("everything_built")
-def test_features_once_built() -> None:
-    """Without an entry in the table of missing features, their range applies."""
-    settings = load(encrypt=True, reap_grace=10)
-    assert (settings.encrypt, settings.reap_grace) == (True, 10.0)
-
-
-def test_unavailable_features_exist() -> None:
-    """The table of missing features names keys that exist."""
-    assert set(UNAVAILABLE_FEATURES) <= set(CONFIG_KEYS)
 
 
 @pytest.mark.parametrize(
