@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
-from math import isfinite
+from math import nan
 from typing import NoReturn
+from urllib.parse import urlsplit
 
 from .errors import ConfigurationError
 
@@ -21,9 +22,6 @@ NODES_KEY = "RESILIENT_SESSION_NODES"
 
 #: memcached's own port, used where an address names none.
 DEFAULT_PORT = 11211
-
-#: The largest TCP port; 0 is no port that a client can connect to.
-MAX_PORT = 65535
 
 #: The longest path of a Unix socket in bytes: Linux keeps 108, one of them the
 #: closing zero.
@@ -44,11 +42,9 @@ MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 NODE_FIELDS = ("name", "address", "weight", "zone")
 
 _ADDRESS = '"host:port", "host", "[::1]:port" or "unix:/path"'
-_NAME = (
-    f"a name of 1 to {MAX_NAME_LENGTH} printable characters without comma or whitespace"
-)
-_BRACKETED = re.compile(r"\[([^\[\]\s,]+)\](?::([0-9]{1,5}))?")
-_PLAIN = re.compile(r"([A-Za-z0-9_][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?")
+_NAME = re.compile(rf"[^\s,]{{1,{MAX_NAME_LENGTH}}}")
+_BRACKETED = re.compile(r"\[([^\[\]\s,]+)\]")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,32 +65,41 @@ class NodeSettings:
     zone: str
 
 
+def is_none(value: object) -> bool:
+    """Whether a value means None, as an environment variable has to spell it.
+
+    :param value: any value of the configuration.
+    """
+    if isinstance(value, str):
+        return value.strip().lower() in ("", "none", "null")
+    return value is None
+
+
 def to_number(value: object) -> float:
     """Read a number.
 
     :param value: an int, a float or a string that holds one.
-    :returns: the number as a float.
-    :raises ValueError: it is something else, a bool, NaN or infinite.
+    :returns: the number as a float; NaN, which no bounds include, where it is
+        something else or a bool.
     """
-    number = float(to_text(value))
-    if not isfinite(number):
-        raise ValueError("not a finite number")
-    return number
+    try:
+        return float(to_text(value) or "")
+    except ValueError:
+        return nan
 
 
-def to_text(value: object) -> str:
+def to_text(value: object) -> str | None:
     """Read a text.
 
     :param value: a string, or a number: a text such as ``5`` comes out of
         ``from_prefixed_env`` as a number.
-    :returns: the text.
-    :raises ValueError: it is something else, or a bool.
+    :returns: the text; None where it is something else or a bool.
     """
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise ValueError("neither a text nor a number")
+    return None
 
 
 def parse_nodes(value: object) -> tuple[NodeSettings, ...]:
@@ -108,13 +113,12 @@ def parse_nodes(value: object) -> tuple[NodeSettings, ...]:
         name or one address.
     """
     entries: list[object] | tuple[object, ...]
-    if value is None:
+    if is_none(value):
         entries = ()
     elif isinstance(value, str):
-        none = value.strip().lower() in ("", "none", "null")
         # A trailing comma is harmless; an empty entry of a list is not, it is
         # what a forgotten variable leaves behind.
-        entries = () if none else [part for part in value.split(",") if part.strip()]
+        entries = [part for part in value.split(",") if part.strip()]
     elif isinstance(value, list | tuple):
         entries = value
     else:
@@ -141,14 +145,20 @@ def parse_address(text: str) -> tuple[str, str, str]:
         return f"unix:{path}", f"unix:{path}", "localhost"
     if scheme not in ("inet", "inet6"):
         scheme, rest = "", text
-    if scheme != "inet" and (match := _BRACKETED.fullmatch(rest)):
-        written, port = match[1], _port(match[2])
+    # Only what follows the brackets: what urlsplit takes in them depends on Python.
+    bare = rest.rpartition("]")[2]
+    url = urlsplit(f"//{bare}")
+    if url.netloc != bare or url.port == 0:
+        raise ValueError("more than a host and a port")
+    written, port = rest, DEFAULT_PORT
+    if url.port is not None:
+        written, port = rest.rpartition(":")[0], url.port
+    if scheme != "inet" and (match := _BRACKETED.fullmatch(written)):
         # A host name in brackets is python-memcached's way to ask for IPv6.
         named = scheme == "inet6" and ":" not in written
-        host = _host_name(written) if named else str(IPv6Address(written))
-        return f"inet6:[{host}]:{port}", f"[{written}]:{port}", host
-    if scheme != "inet6" and (match := _PLAIN.fullmatch(rest)):
-        written, port = match[1], _port(match[2])
+        host = _host_name(match[1]) if named else str(IPv6Address(match[1]))
+        return f"inet6:[{host}]:{port}", f"{written}:{port}", host
+    if scheme != "inet6":
         host = _host_name(written)
         return f"inet:{host}:{port}", f"{written}:{port}", host
     raise ValueError("no address")
@@ -169,53 +179,28 @@ def _parse_node(entry: object) -> NodeSettings:
     if unknown:
         known = ", ".join(NODE_FIELDS)
         _refuse(entry, f"only the keys {known} for a node, not {unknown!r}")
+    given = {field: value for field, value in fields.items() if value is not None}
     try:
-        address, name, zone = parse_address(to_text(fields.get("address")))
+        address, named, host = parse_address(to_text(given.get("address")) or "")
     except ValueError:
         _refuse(entry, f"an address of the form {_ADDRESS}")
-    return NodeSettings(
-        name=_parse_name(entry, fields.get("name"), name),
-        address=address,
-        weight=_parse_weight(entry, fields.get("weight")),
-        zone=_parse_zone(entry, fields.get("zone"), zone),
-    )
-
-
-def _parse_name(entry: object, value: object, default: str) -> str:
-    """The name of a node; for None the default, which has to fit as well."""
-    try:
-        name = default if value is None else to_text(value)
-    except ValueError:
-        _refuse(entry, _NAME)
-    spaced = any(char == "," or char.isspace() for char in name)
-    if spaced or not name.isprintable() or not 1 <= len(name) <= MAX_NAME_LENGTH:
-        _refuse(entry, _NAME)
-    return name
-
-
-def _parse_weight(entry: object, value: object) -> float:
-    """The weight of a node; 1 for None."""
-    try:
-        weight = 1.0 if value is None else to_number(value)
-    except ValueError:
-        weight = 0.0
+    # The name by default has to fit as well; a host name as zone may be longer.
+    name = to_text(given.get("name", named))
+    if not name or not name.isprintable() or not _NAME.fullmatch(name):
+        _refuse(
+            entry,
+            f"a name of 1 to {MAX_NAME_LENGTH} printable characters without comma or"
+            " whitespace",
+        )
+    weight = to_number(given.get("weight", 1))
     if not MIN_WEIGHT <= weight <= MAX_WEIGHT:
         _refuse(entry, f"a weight from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}")
-    return weight
-
-
-def _parse_zone(entry: object, value: object, default: str) -> str:
-    """The zone of a node; for None the default, its host."""
-    try:
-        zone = default if value is None else to_text(value).strip()
-    except ValueError:
-        zone = ""
-    # A host name may be longer than what a zone of one's own may have.
-    if value is not None and not (
-        1 <= len(zone) <= MAX_NAME_LENGTH and zone.isprintable()
-    ):
-        _refuse(entry, f"a zone of 1 to {MAX_NAME_LENGTH} printable characters")
-    return zone
+    zone = host
+    if "zone" in given:
+        zone = (to_text(given["zone"]) or "").strip()
+        if not zone.isprintable() or not 1 <= len(zone) <= MAX_NAME_LENGTH:
+            _refuse(entry, f"a zone of 1 to {MAX_NAME_LENGTH} printable characters")
+    return NodeSettings(name, address, weight, zone)
 
 
 def _check_distinct(nodes: tuple[NodeSettings, ...]) -> None:
@@ -223,18 +208,16 @@ def _check_distinct(nodes: tuple[NodeSettings, ...]) -> None:
 
     :raises ConfigurationError: there are two such nodes.
     """
-    names: set[str] = set()
     named: dict[str, str] = {}
     for node in nodes:
-        if node.name in names:
+        if node.name in named.values():
             _refuse(node.name, "each name for one node only")
-        other = named.setdefault(node.address, node.name)
-        if other != node.name:
+        if node.address in named:
             _refuse(
-                (other, node.name),
+                (named[node.address], node.name),
                 f"one name for each address; both are at {node.address}",
             )
-        names.add(node.name)
+        named[node.address] = node.name
 
 
 def _host_name(written: str) -> str:
@@ -242,22 +225,11 @@ def _host_name(written: str) -> str:
 
     :raises ValueError: it is neither.
     """
-    if not _PLAIN.fullmatch(written) or len(written) > MAX_HOST_LENGTH:
+    if not _HOST_NAME.fullmatch(written) or len(written) > MAX_HOST_LENGTH:
         raise ValueError("no host name")
     if written.replace(".", "").isdigit():
         return str(IPv4Address(written))
     return written.lower()
-
-
-def _port(digits: str | None) -> int:
-    """The port that the digits name; memcached's own where there are none.
-
-    :raises ValueError: it is out of range.
-    """
-    port = DEFAULT_PORT if digits is None else int(digits)
-    if not 1 <= port <= MAX_PORT:
-        raise ValueError("no port")
-    return port
 
 
 def _socket_path(path: str) -> str:

@@ -18,7 +18,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from .addresses import NodeSettings, parse_nodes, to_number, to_text
+from .addresses import NodeSettings, is_none, parse_nodes, to_number, to_text
 from .errors import ConfigurationError
 
 __all__ = [
@@ -160,17 +160,10 @@ class _Rule(NamedTuple):
     allowed: str
 
 
-def _is_none(value: object) -> bool:
-    """Whether a value means None, as an environment variable has to spell it."""
-    if isinstance(value, str):
-        return value.strip().lower() in ("", "none", "null")
-    return value is None
-
-
 def _optional(rule: _Rule) -> _Rule:
     """The rule with None allowed as well."""
     return _Rule(
-        lambda value: None if _is_none(value) else rule.parse(value),
+        lambda value: None if is_none(value) else rule.parse(value),
         f"{rule.allowed}, or None",
     )
 
@@ -237,7 +230,7 @@ def _text(pattern: str, allowed: str) -> _Rule:
 
     def parse(value: object) -> str:
         text = to_text(value)
-        if not re.fullmatch(pattern, text, re.DOTALL):
+        if text is None or not re.fullmatch(pattern, text, re.DOTALL):
             raise ValueError("does not fit")
         return text
 
