@@ -1,4 +1,4 @@
-"""Every setting: its key, default, unit and range.
+"""Every setting: its key, default, kind and bounds.
 
 The ``RESILIENT_SESSION_*`` keys of a Flask configuration become one frozen
 :class:`Settings`, once, when an application is initialised. A mistake is an error
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from difflib import get_close_matches
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from .addresses import NodeSettings, is_none, parse_nodes, to_number, to_text
 from .errors import ConfigurationError
@@ -33,8 +33,6 @@ __all__ = [
 #: What every key of this package begins with.
 PREFIX = "RESILIENT_SESSION_"
 
-# Durations are in seconds, sizes in bytes, lengths in characters.
-
 #: The longest duration, 5000 years. A moment has to fit into a date that a cookie
 #: can name, before the year 10000, and into 64 bits of milliseconds.
 MAX_DURATION = 5000 * 365.25 * 86400
@@ -47,25 +45,81 @@ MIN_WAIT = 0.001
 #: milliseconds, 24 days; past a day nobody waits for the answer.
 MAX_WAIT = 86400.0
 
-#: The longest exchange with a node. A worker that waits a minute for a cache
-#: serves nobody, and a hung node may cost a process three of these.
-MAX_NODE_TIMEOUT = 60.0
+# Bounds of a text: a pattern that it fits as a whole, and the pattern in words.
 
-#: The longest key prefix. A memcached key has at most 250 bytes, of which the
-#: digest of the session id takes 64; the rest stays for keys made from this one.
-MAX_PREFIX_LENGTH = 100
+_ANY_TEXT = (".+", "a text that is not empty")
 
-#: The longest table name: PostgreSQL keeps 63 bytes, MariaDB 64 characters.
-MAX_TABLE_LENGTH = 63
+# A memcached key has at most 250 bytes, of which the digest of the session id
+# takes 64; the rest stays for keys made from this one.
+_KEY_PREFIX = (
+    "[!-~]{0,100}",
+    "at most 100 printable ASCII characters without whitespace",
+)
 
-#: The smallest limit of a session: below it a login hardly fits.
-MIN_MAX_BYTES = 1024
+# PostgreSQL keeps 63 bytes of a table's name, MariaDB 64 characters.
+_TABLE_NAME = ("[A-Za-z0-9_]{1,63}", "1 to 63 letters, digits and underscores")
 
-#: The largest limit of a session. memcached refuses an item over 1 MiB, 1,048,576
-#: bytes with its header and key; what is left is for our envelope: the stamps, the
-#: deletion markers, the names of the homes and the MAC. A session of very many
-#: tiny values needs more for its stamps: the default leaves as much as it uses.
-MAX_MAX_BYTES = 1_000_000
+
+# The kinds. Each reads a value within its bounds; what it refuses is a ValueError
+# that says what is allowed, as the end of "… is not allowed: use …".
+
+
+def _whole(value: object, low: int, high: int | None = None) -> int:
+    """A whole number of at least low, and at most high where there is a limit."""
+    number = to_number(value)
+    if not number.is_integer() or not low <= number <= (high or number):
+        limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"a whole number {limits}")
+    return int(number)
+
+
+def _number(value: object, low: float, high: float) -> float:
+    """A number from low to high."""
+    number = to_number(value)
+    if not low <= number <= high:
+        raise ValueError(f"a number from {low:g} to {high:g}")
+    return number
+
+
+def _seconds(value: object, low: float, high: float) -> float:
+    """A duration from low to high seconds, as a number or a timedelta."""
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    number = to_number(value)
+    if not low <= number <= high:
+        top = "5000 years" if high == MAX_DURATION else f"{high:g}"
+        raise ValueError(f"a number of seconds or a timedelta, from {low:g} to {top}")
+    return number
+
+
+def _flag(value: object) -> bool:
+    """A switch: a bool, 1 or 0, or one of the words for it in any case."""
+    words = {"true": True, "1": True, "false": False, "0": False}
+    word = str(value).strip().lower() if isinstance(value, bool | int | str) else ""
+    if word not in words:
+        raise ValueError("True or False")
+    return words[word]
+
+
+def _text(value: object, pattern: str, allowed: str) -> str:
+    """A text that fits a pattern as a whole."""
+    text = to_text(value)
+    if text is None or not re.fullmatch(pattern, text, re.DOTALL):
+        raise ValueError(allowed)
+    return text
+
+
+def _choice(value: object, *choices: str) -> object:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(" or ".join(f'"{choice}"' for choice in choices))
+    return value
+
+
+def _key(default: Any, kind: Callable[..., Any], *bounds: Any) -> Any:
+    """A row of :class:`Settings`: the default as documented, the kind, its bounds."""
+    return field(metadata={"default": default, "kind": kind, "bounds": bounds})
+
 
 #: The longest time in which uses are not recorded, where every change is synced.
 _SLACK_MS = 60_000
@@ -102,30 +156,40 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """One field for each ``RESILIENT_SESSION_*`` key; durations in seconds."""
+    """The table of every ``RESILIENT_SESSION_*`` key, and their values once read.
 
-    nodes: tuple[NodeSettings, ...]
-    sync_interval: float
-    sync_writes: int | None
-    absolute_lifetime: float | None
-    node_timeout: float
-    node_retry: float
-    node_retry_max: float
-    request_budget: float
-    sql_timeout: float
-    sql_concurrency: int
-    key_prefix: str
-    table: str
-    bind_key: str | None
-    schema: str | None
-    create_table: bool
-    max_bytes: int
-    encrypt: bool
-    on_unavailable: Literal["error", "empty"]
-    user_key: str
-    regenerate_on_login: bool
-    reap_grace: float
-    reap_probability: float
+    One row is one key. Where the default is None, None is allowed beside what the
+    kind allows. Durations are in seconds, sizes in bytes, lengths in characters.
+    """
+
+    nodes: tuple[NodeSettings, ...] = _key([], parse_nodes)
+    sync_interval: float = _key(120, _seconds, 0, MAX_DURATION)
+    sync_writes: int | None = _key(None, _whole, 1)
+    absolute_lifetime: float | None = _key(None, _seconds, MIN_WAIT, MAX_DURATION)
+    # A worker that waits a minute for a cache serves nobody, and a hung node may
+    # cost a process three of these.
+    node_timeout: float = _key(0.25, _seconds, MIN_WAIT, 60)
+    node_retry: float = _key(1.0, _seconds, MIN_WAIT, MAX_WAIT)
+    node_retry_max: float = _key(30, _seconds, MIN_WAIT, MAX_WAIT)
+    request_budget: float = _key(1.0, _seconds, MIN_WAIT, MAX_WAIT)
+    sql_timeout: float = _key(0.5, _seconds, MIN_WAIT, MAX_WAIT)
+    sql_concurrency: int = _key(8, _whole, 1)
+    key_prefix: str = _key("session:", _text, *_KEY_PREFIX)
+    table: str = _key("resilient_sessions", _text, *_TABLE_NAME)
+    bind_key: str | None = _key(None, _text, *_ANY_TEXT)
+    schema: str | None = _key(None, _text, *_ANY_TEXT)
+    create_table: bool = _key(True, _flag)
+    # Below a KiB a login hardly fits. memcached refuses an item over 1 MiB, 1,048,576
+    # bytes with its header and key; what is left is for our envelope: the stamps, the
+    # deletion markers, the names of the homes and the MAC. A session of very many
+    # tiny values needs more for its stamps: the default leaves as much as it uses.
+    max_bytes: int = _key(524288, _whole, 1024, 1_000_000)
+    encrypt: bool = _key(False, _flag)
+    on_unavailable: Literal["error", "empty"] = _key("error", _choice, "error", "empty")
+    user_key: str = _key("_user_id", _text, *_ANY_TEXT)
+    regenerate_on_login: bool = _key(True, _flag)
+    reap_grace: float = _key(60, _seconds, 0, MAX_DURATION)
+    reap_probability: float = _key(0.0, _number, 0, 1)
 
     def timing(self, lifetime: timedelta | float) -> Timing:
         """The durations in use under a session lifetime.
@@ -149,148 +213,9 @@ class Settings:
         )
 
 
-class _Rule(NamedTuple):
-    """How a value is read.
-
-    :param parse: value -> field of the settings; ValueError where it is refused.
-    :param allowed: what is allowed, as the end of "… is not allowed: use …".
-    """
-
-    parse: Callable[[Any], Any]
-    allowed: str
-
-
-def _optional(rule: _Rule) -> _Rule:
-    """The rule with None allowed as well."""
-    return _Rule(
-        lambda value: None if is_none(value) else rule.parse(value),
-        f"{rule.allowed}, or None",
-    )
-
-
-def _within(number: float, low: float, high: float) -> float:
-    """The number.
-
-    :raises ValueError: it is not from low to high.
-    """
-    if not low <= number <= high:
-        raise ValueError("out of range")
-    return number
-
-
-def _number(low: float, high: float) -> _Rule:
-    """A number from low to high."""
-    return _Rule(
-        lambda value: _within(to_number(value), low, high),
-        f"a number from {low:g} to {high:g}",
-    )
-
-
-def _seconds(low: float, high: float) -> _Rule:
-    """A duration from low to high seconds, as a number or a timedelta."""
-
-    def parse(value: object) -> float:
-        if isinstance(value, timedelta):
-            value = value.total_seconds()
-        return _within(to_number(value), low, high)
-
-    top = "5000 years" if high == MAX_DURATION else f"{high:g}"
-    return _Rule(parse, f"a number of seconds or a timedelta, from {low:g} to {top}")
-
-
-def _whole(low: int, high: int | None = None) -> _Rule:
-    """A whole number of at least low, and at most high where there is a limit."""
-
-    def parse(value: object) -> int:
-        number = to_number(value)
-        if not number.is_integer() or not low <= number <= (high or number):
-            raise ValueError("not whole or out of range")
-        return int(number)
-
-    limits = f"of at least {low}" if high is None else f"from {low} to {high}"
-    return _Rule(parse, f"a whole number {limits}")
-
-
-def _flag() -> _Rule:
-    """A switch: a bool, 1 or 0, or one of the words for it in any case."""
-    words = {"true": True, "1": True, "false": False, "0": False}
-
-    def parse(value: object) -> bool:
-        if isinstance(value, bool | int | str):
-            word = str(value).strip().lower()
-            if word in words:
-                return words[word]
-        raise ValueError("neither true nor false")
-
-    return _Rule(parse, "True or False")
-
-
-def _text(pattern: str, allowed: str) -> _Rule:
-    """A text that fits a pattern as a whole."""
-
-    def parse(value: object) -> str:
-        text = to_text(value)
-        if text is None or not re.fullmatch(pattern, text, re.DOTALL):
-            raise ValueError("does not fit")
-        return text
-
-    return _Rule(parse, allowed)
-
-
-def _choice(*choices: str) -> _Rule:
-    """One of a few words."""
-
-    def parse(value: object) -> object:
-        if value not in choices:
-            raise ValueError("not one of the choices")
-        return value
-
-    return _Rule(parse, " or ".join(f'"{choice}"' for choice in choices))
-
-
-_DURATION = _seconds(0, MAX_DURATION)
-_WAIT = _seconds(MIN_WAIT, MAX_WAIT)
-_ANY_TEXT = _text(".+", "a text that is not empty")
-_PREFIX_TEXT = _text(
-    f"[!-~]{{0,{MAX_PREFIX_LENGTH}}}",
-    f"at most {MAX_PREFIX_LENGTH} printable ASCII characters without whitespace",
-)
-_TABLE_NAME = _text(
-    f"[A-Za-z0-9_]{{1,{MAX_TABLE_LENGTH}}}",
-    f"1 to {MAX_TABLE_LENGTH} letters, digits and underscores",
-)
-
-#: Field of :class:`Settings` -> its default, as it is documented, and its rule.
-_KEYS: Mapping[str, tuple[Any, _Rule]] = MappingProxyType(
-    {
-        "nodes": ([], _Rule(parse_nodes, "a list of nodes")),
-        "sync_interval": (120, _DURATION),
-        "sync_writes": (None, _optional(_whole(1))),
-        "absolute_lifetime": (None, _optional(_seconds(MIN_WAIT, MAX_DURATION))),
-        "node_timeout": (0.25, _seconds(MIN_WAIT, MAX_NODE_TIMEOUT)),
-        "node_retry": (1.0, _WAIT),
-        "node_retry_max": (30, _WAIT),
-        "request_budget": (1.0, _WAIT),
-        "sql_timeout": (0.5, _WAIT),
-        "sql_concurrency": (8, _whole(1)),
-        "key_prefix": ("session:", _PREFIX_TEXT),
-        "table": ("resilient_sessions", _TABLE_NAME),
-        "bind_key": (None, _optional(_ANY_TEXT)),
-        "schema": (None, _optional(_ANY_TEXT)),
-        "create_table": (True, _flag()),
-        "max_bytes": (524288, _whole(MIN_MAX_BYTES, MAX_MAX_BYTES)),
-        "encrypt": (False, _flag()),
-        "on_unavailable": ("error", _choice("error", "empty")),
-        "user_key": ("_user_id", _ANY_TEXT),
-        "regenerate_on_login": (True, _flag()),
-        "reap_grace": (60, _DURATION),
-        "reap_probability": (0.0, _number(0, 1)),
-    }
-)
-
 #: Every key of this package, under its full name -> its default.
 CONFIG_KEYS: Mapping[str, Any] = MappingProxyType(
-    {PREFIX + field.upper(): default for field, (default, _) in _KEYS.items()}
+    {PREFIX + row.name.upper(): row.metadata["default"] for row in fields(Settings)}
 )
 
 
@@ -304,12 +229,11 @@ def load_settings(config: Mapping[str, Any]) -> Settings:
     for key, value in config.items():
         if key.startswith(PREFIX) and key not in CONFIG_KEYS:
             raise ConfigurationError(key, value, _known_key(key))
-    settings = Settings(
-        **{
-            field: _load(PREFIX + field.upper(), config, default, rule)
-            for field, (default, rule) in _KEYS.items()
-        }
-    )
+    values = {}
+    for row in fields(Settings):
+        key = PREFIX + row.name.upper()
+        values[row.name] = _read(key, config.get(key, CONFIG_KEYS[key]), **row.metadata)
+    settings = Settings(**values)
     if settings.node_retry_max < settings.node_retry:
         raise ConfigurationError(
             f"{PREFIX}NODE_RETRY_MAX",
@@ -319,26 +243,30 @@ def load_settings(config: Mapping[str, Any]) -> Settings:
     return settings
 
 
-def _load(key: str, config: Mapping[str, Any], default: Any, rule: _Rule) -> Any:
-    """Read one key.
+def _read(
+    key: str, value: object, default: object, kind: Callable[..., Any], bounds: Any
+) -> Any:
+    """Read the value of a key as its row says.
 
     :raises ConfigurationError: the value is refused.
     """
-    value = config.get(key, default)
+    if default is None and is_none(value):
+        return None
     try:
-        return rule.parse(value)
+        return kind(value, *bounds)
     except ConfigurationError:
-        raise
-    except ValueError:
-        raise ConfigurationError(key, value, rule.allowed) from None
+        raise  # about one node of the list, shown by itself
+    except ValueError as error:
+        allowed = f"{error}, or None" if default is None else str(error)
+        raise ConfigurationError(key, value, allowed) from None
 
 
 def _known_key(key: str) -> str:
     """What to use instead of an unknown key: the closest one, or all of them."""
     # Without the prefix, which would make any two keys look alike.
-    fields = {field.upper(): PREFIX + field.upper() for field in _KEYS}
-    if close := get_close_matches(key.removeprefix(PREFIX), fields, n=1):
-        return f"a key that exists, perhaps {fields[close[0]]}"
+    names = [known.removeprefix(PREFIX) for known in CONFIG_KEYS]
+    if close := get_close_matches(key.removeprefix(PREFIX), names, n=1):
+        return f"a key that exists, perhaps {PREFIX}{close[0]}"
     return f"a key that exists: {', '.join(CONFIG_KEYS)}"
 
 
@@ -351,12 +279,11 @@ def _timing(
     reap_grace: float,
 ) -> Timing:
     """What :meth:`Settings.timing` answers, from the fields that it depends on."""
-    rule = _seconds(MIN_WAIT, MAX_DURATION)
     try:
-        lifetime_ms = _milliseconds(rule.parse(lifetime))
-    except ValueError:
+        lifetime_ms = _milliseconds(_seconds(lifetime, MIN_WAIT, MAX_DURATION))
+    except ValueError as error:
         raise ConfigurationError(
-            "PERMANENT_SESSION_LIFETIME", lifetime, rule.allowed
+            "PERMANENT_SESSION_LIFETIME", lifetime, str(error)
         ) from None
     absolute = absolute_lifetime
     return Timing(
