@@ -231,6 +231,12 @@ def missing_row_is_gone(patch: Patch) -> None:
     patch(loading, "judge_row", judge_row)
 
 
+@_mutation("forget")
+def missing_rows_not_doubted(patch: Patch) -> None:
+    """A pair whose row is missing goes on to be believed."""
+    patch(Loader, "_doubt", lambda *_: None)
+
+
 @_mutation("silent")
 def visitors_never_overdue(patch: Patch) -> None:
     """A pair that was never synced is believed however long it has rested."""
