@@ -164,7 +164,7 @@ def _one(rng: Random) -> list[Action]:
 
 
 def _settings(rng: Random) -> list[Action]:
-    """Workers differ in their intervals for good, while one node may fail."""
+    """Workers differ in their intervals or their nodes, while one node may fail."""
     actions = []
     for _ in range(rng.randint(1, 3)):
         actions += [sleep(rng), Action("due", amount=rng.choice((-1000, 1000)))]
@@ -269,7 +269,7 @@ def with_lifetimes(plan: Plan, rng: Random) -> Plan:
 
 
 def with_settings_apart(plan: Plan, rng: Random) -> Plan:
-    """Each worker has intervals of its own."""
+    """Each worker has intervals of its own, and perhaps a list of nodes."""
     timings = tuple(
         replace(
             plan.timing,
@@ -278,7 +278,12 @@ def with_settings_apart(plan: Plan, rng: Random) -> Plan:
         )
         for _ in range(WORKERS)
     )
-    return replace(plan, timings=timings, skews=(0,) * WORKERS)
+    lists: tuple[tuple[str, ...], ...] = ()
+    if rng.random() < 0.3:
+        # By one node: else some sessions would have no home in common.
+        other = rng.choice(((*NODES, "d"), PAIR))
+        lists = tuple(rng.choice((NODES, other)) for _ in range(WORKERS))
+    return replace(plan, timings=timings, lists=lists, skews=(0,) * WORKERS)
 
 
 def with_layout(plan: Plan, rng: Random) -> Plan:

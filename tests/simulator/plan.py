@@ -67,6 +67,7 @@ class Plan:
     :ivar order: seed of that order.
     :ivar nodes: those that the workers begin with.
     :ivar timings: the workers' own, where they differ.
+    :ivar lists: the workers' own lists of nodes, where they differ until the end.
     :ivar layout: which zones and weights the nodes have; see ``more.LAYOUTS``.
     :ivar holds_back: milliseconds for which late packets may be held back.
     """
@@ -81,6 +82,7 @@ class Plan:
     actions: tuple[Action, ...]
     nodes: tuple[str, ...] = NODES
     timings: tuple[Timing, ...] = ()
+    lists: tuple[tuple[str, ...], ...] = ()
     layout: int = 0
     holds_back: tuple[int, ...] = (0,)
 

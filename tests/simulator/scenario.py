@@ -221,10 +221,13 @@ class Run:
         #: Sessions that some request had only SQL for.
         self.blindly: set[str] = set()
         self._processes = 0
+        lists = plan.lists or (plan.nodes,) * WORKERS
         self.workers = [
-            Worker(self, index, self.names, self.rollout.secrets)
-            for index in range(WORKERS)
+            Worker(self, index, frozenset(names), self.rollout.secrets)
+            for index, names in enumerate(lists)
         ]
+        for worker in self.workers:
+            self.rollout.spreads(worker.names)
         self.slots: list[Slot] = []
         self.counts: Counter[str] = Counter()
         self.active = 0
