@@ -12,11 +12,13 @@ import pytest
 from builders import (
     ALICE,
     BOB,
+    PREFIX,
     SECOND,
     Site,
     content,
     encoded,
     make_site,
+    session_key,
 )
 from flask_resilient_session.errors import SessionTooLarge
 from flask_resilient_session.record import Tombstone
@@ -289,6 +291,24 @@ def test_a_move_carries_a_concurrent_write_over(site: Site) -> None:
     site.store.move(site.access(ALICE), live, new, encoded(page=9))
     assert site.seen(BOB) == {"page": 9, "cart": "full"}
     assert [content(copy) for copy in site.copies(BOB)] == [site.seen(BOB)] * 2
+    assert site.is_dead()
+
+
+@pytest.mark.parametrize("home", [0, 1])
+def test_a_move_brings_no_deleted_key_back(site: Site, home: int) -> None:
+    """Not from a home that was silent when it began, and came back with an old copy."""
+    site.create(ALICE, page=1, cart="full")
+    server, key = site.homes(ALICE)[home], PREFIX + session_key(ALICE)
+    old_copy = server.raw_get(key)
+    assert old_copy is not None
+    site.change(ALICE, cart=None)
+    site.store.save(site.access(ALICE), site.live(ALICE), {}, required=True)
+    server.kill()
+    live = site.live(ALICE)
+    server.start()
+    server.raw_set(key, old_copy)
+    site.store.move(site.access(ALICE), live, site.access(BOB), {})
+    assert site.seen(BOB) == {"page": 1}
     assert site.is_dead()
 
 
