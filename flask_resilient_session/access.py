@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .config import Timing
 from .envelope import Keyring
+from .patience import Patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +16,10 @@ class Access:
     :ivar session_key: hex digest of the session id.
     :ivar keyring: seals and opens its records.
     :ivar timing: the lifetimes as they are now.
-    :ivar deadline: monotonic time, in seconds, by which all steps must have ended.
+    :ivar patience: what is left to wait for all steps together.
     """
 
     session_key: str
     keyring: Keyring
     timing: Timing
-    deadline: float
+    patience: Patience

@@ -68,15 +68,18 @@ class Calls:
         """
         remaining = deadline - self._monotonic()
         if remaining <= 0:
-            raise SqlBusy("no time left for SQL in this request's budget")
+            raise SqlBusy("no time is left to ask SQL")
         if not patient:
             remaining = min(remaining, self._sql_timeout)
         with time_limit(remaining) as limit:
             failed = deadlocks = 0
+            late = False
             while True:
                 try:
                     engine = self._ready_engine(remaining)
-                    return self._once(engine, call, limit)
+                    result = self._once(engine, call, limit)
+                    self._here.has_answered = True
+                    return result
                 except sa.exc.TimeoutError as error:
                     raise SqlBusy("every connection to SQL is in use") from error
                 except sa.exc.SQLAlchemyError as error:
@@ -92,8 +95,12 @@ class Calls:
                         break
                 except (TooLate, OSError) as error:
                     failure = _LATE if limit.hung_up else str(error)
+                    late = late or type(error) is TooLate
                     break
         # Out here no driver's error hangs on to it: those quote the row.
+        if (late or limit.hung_up) and not self._here.has_answered:
+            # Connecting, and perhaps making the table, takes longer than any call.
+            raise SqlBusy(failure)
         raise SqlUnavailable(failure)
 
     def _once(
@@ -137,7 +144,7 @@ class Calls:
         engine = here.engine
         if engine is None or not here.table_is_there:
             if not here.lock.acquire(timeout=remaining):
-                raise TooLate("SQL is still being connected to for the first time")
+                raise SqlBusy("SQL is still being connected to for the first time")
             try:
                 engine = here.engine = here.engine or self._new_engine()
                 if self._create_table and not here.table_is_there:
@@ -167,7 +174,7 @@ class Calls:
         if connection.dialect.name not in SQLITE:
             return
         wait_ms = int(min(self._sql_timeout, remaining) * 1000)
-        # The driver's own five seconds would be over the budget of a request.
+        # The driver's own five seconds would be longer than anybody waits.
         driver: Any = connection.connection.dbapi_connection
         driver.execute(f"PRAGMA busy_timeout = {wait_ms}").close()
 
@@ -241,12 +248,16 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Process:
-    """What one process has of a table: an engine, and what is known of it."""
+    """What one process has of a table: an engine, and what is known of it.
+
+    :ivar has_answered: a call was answered once.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.engine: sa.Engine | None = None
         self.table_is_there = False
+        self.has_answered = False
         self._places = threading.BoundedSemaphore(POOL_SIZE + POOL_OVERFLOW)
 
     @contextlib.contextmanager

@@ -7,13 +7,16 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """Two readings of time."""
+    """Three readings of time."""
 
     def now_ms(self) -> int:
         """Unix time in milliseconds, comparable between workers."""
 
     def monotonic(self) -> float:
         """Seconds that only go forward, for deadlines within this process."""
+
+    def process_time(self) -> float:
+        """Seconds for which this process has been busy, all its threads together."""
 
 
 class SystemClock:
@@ -26,3 +29,7 @@ class SystemClock:
     def monotonic(self) -> float:
         """Monotonic seconds."""
         return time.monotonic()
+
+    def process_time(self) -> float:
+        """Seconds of processor time."""
+        return time.process_time()

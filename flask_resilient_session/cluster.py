@@ -9,29 +9,21 @@ from __future__ import annotations
 
 import random as random_module
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Protocol
 
 from .clock import Clock
 from .envelope import ENVELOPE_ALLOWANCE, CorruptBytes, Keyring, UnknownFormat
 from .events import Observer, logger, node_down, node_up
 from .health import Breaker
-from .node import NodeFault
+from .node import Connecting, NodeFault, finish_connecting
+from .patience import Patience
 from .record import Corrupt, Hit, Miss, Reply, Token, Unreachable
 from .wire import Absent, Ack, Add, Cas, Delete, Get, Parsed, Request, Set
 
-#: A node is only blamed for a timeout when it had at least this part of its time;
-#: otherwise the request's budget was what ran out.
-_FAIR_SHARE: Final = 0.5
 
-#: Seconds to read a reply that had as much time to arrive as another that did not:
-#: the largest takes a few milliseconds.
-_READING_SECONDS: Final = 0.05
-
-
-class ExchangeLike(Protocol):
+class ExchangeLike(Connecting, Protocol):
     """See :class:`flask_resilient_session.node.Exchange`."""
 
-    deadline: float
     read_at: int
 
     def receive(self) -> Parsed:
@@ -45,10 +37,7 @@ class NodeLike(Protocol):
     """See :class:`flask_resilient_session.node.Node`."""
 
     def send(self, request: Request, deadline: float) -> ExchangeLike:
-        """Send a request."""
-
-    def has_idle(self) -> bool:
-        """Whether sending needs no connecting first."""
+        """Send a request, or begin to connect."""
 
     def drop_idle(self) -> None:
         """Close what is not in use."""
@@ -127,15 +116,18 @@ class Cluster:
     # --- exchanges ---------------------------------------------------------------
 
     def read(
-        self, names: Sequence[str], session_key: str, keyring: Keyring, deadline: float
+        self,
+        names: Sequence[str],
+        session_key: str,
+        keyring: Keyring,
+        patience: Patience,
     ) -> dict[str, Reply]:
         """What each of these nodes holds for a session, in one round trip.
 
-        :param deadline: monotonic time by which this returns, give or take the
-            last chance of each node.
+        :param patience: is told how long that took.
         """
         request = Get(self._key_prefix + session_key, self._limit)
-        answers = self._exchange([(name, request) for name in names], deadline)
+        answers = self._exchange([(name, request) for name in names], patience)
         opened: dict[bytes, Reply] = {}
         replies: dict[str, Reply] = {}
         for name, (parsed, read_at) in zip(names, answers, strict=True):
@@ -143,12 +135,12 @@ class Cluster:
         return replies
 
     def write(
-        self, requests: Sequence[tuple[str, Request]], deadline: float
+        self, requests: Sequence[tuple[str, Request]], patience: Patience
     ) -> list[Ack]:
         """Send writes to their nodes and wait for the answers, in one round trip."""
         return [
             parsed if isinstance(parsed, Ack) else Ack.UNREACHABLE
-            for parsed, _ in self._exchange(requests, deadline)
+            for parsed, _ in self._exchange(requests, patience)
         ]
 
     def _open(
@@ -181,63 +173,45 @@ class Cluster:
         return hit
 
     def _exchange(
-        self, requests: Sequence[tuple[str, Request]], deadline: float
+        self, requests: Sequence[tuple[str, Request]], patience: Patience
     ) -> list[tuple[Parsed | Unreachable, int]]:
         """Send all, then read all; results in the order of the requests."""
         results: list[tuple[Parsed | Unreachable, int]] = [
             (Unreachable("skipped while it is suspected"), 0)
         ] * len(requests)
         under_way: dict[int, ExchangeLike] = {}
-        allowed: dict[int, float] = {}
         try:
-            for index in self._send_order(requests):
-                name, request = requests[index]
-                node = self._admitted(name)
-                if node is None:
-                    continue
-                started = self._clock.monotonic()
-                until = min(started + self._node_timeout, deadline)
-                allowed[index] = until - started
-                exchange = node.send(request, until)
-                # Time spent connecting to one node is not the fault of the others.
-                spent = self._clock.monotonic() - started
-                for other in under_way.values():
-                    other.deadline = min(other.deadline + spent, deadline)
-                under_way[index] = exchange
-            for index in list(under_way):
-                exchange = under_way.pop(index)
-                results[index] = self._receive(
-                    requests[index][0], exchange, allowed[index]
-                )
-                # What the others answered meanwhile still has to be read.
-                grace = min(self._clock.monotonic() + _READING_SECONDS, deadline)
-                for other in under_way.values():
-                    other.deadline = max(other.deadline, grace)
+            with patience.waiting(self._node_timeout):
+                for index, (name, request) in enumerate(requests):
+                    node = self._admitted(name)
+                    if node is not None:
+                        under_way[index] = node.send(request, self._until())
+                asked = bool(under_way)
+                finish_connecting(under_way.values())
+                for index in list(under_way):
+                    exchange = under_way.pop(index)
+                    results[index] = self._receive(requests[index][0], exchange)
         except BaseException:
             for exchange in under_way.values():
                 exchange.abandon()
             raise
-        if allowed:
+        if asked:
             self._observer.count("round_trips")
         return results
 
-    def _send_order(self, requests: Sequence[tuple[str, Request]]) -> list[int]:
-        # Those that must connect go last: connecting may take a whole deadline.
-        return sorted(
-            range(len(requests)),
-            key=lambda index: not self._nodes[requests[index][0]].has_idle(),
-        )
+    def _until(self) -> float:
+        """When an exchange that begins now has to be over."""
+        return self._clock.monotonic() + self._node_timeout
 
     def _receive(
-        self, name: str, exchange: ExchangeLike, allowed: float
+        self, name: str, exchange: ExchangeLike
     ) -> tuple[Parsed | Unreachable, int]:
         breaker = self._breakers[name]
         try:
             parsed = exchange.receive()
         except NodeFault as fault:
             self._observer.count("node_faults")
-            if fault.refused or allowed >= self._node_timeout * _FAIR_SHARE:
-                self._blame(name, breaker, fault)
+            self._blame(name, breaker, fault)
             return Unreachable(str(fault)), 0
         # A conflict may be known without asking the node, which proves nothing.
         asked = exchange.read_at > 0

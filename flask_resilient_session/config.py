@@ -171,7 +171,6 @@ class Settings:
     node_timeout: float = _key(0.25, _seconds, MIN_WAIT, 60)
     node_retry: float = _key(1.0, _seconds, MIN_WAIT, MAX_WAIT)
     node_retry_max: float = _key(30, _seconds, MIN_WAIT, MAX_WAIT)
-    request_budget: float = _key(1.0, _seconds, MIN_WAIT, MAX_WAIT)
     sql_timeout: float = _key(0.5, _seconds, MIN_WAIT, MAX_WAIT)
     sql_concurrency: int = _key(8, _whole, 1)
     key_prefix: str = _key("session:", _text, *_KEY_PREFIX)
@@ -190,6 +189,11 @@ class Settings:
     regenerate_on_login: bool = _key(True, _flag)
     reap_grace: float = _key(60, _seconds, 0, MAX_DURATION)
     reap_probability: float = _key(0.0, _number, 0, 1)
+
+    @property
+    def patience(self) -> float:
+        """What loading a session may wait in all, in seconds, and saving it as well."""
+        return self.node_timeout + self.sql_timeout
 
     def timing(self, lifetime: timedelta | float) -> Timing:
         """The durations in use under a session lifetime.

@@ -257,7 +257,7 @@ def _fileno(connection: Any) -> int | None:
         _hiding.add(kind)
         logger.warning(
             "The database driver hides its socket (%s): a server that is frozen will"
-            " hold requests for longer than RESILIENT_SESSION_REQUEST_BUDGET.",
+            " hold requests for longer than RESILIENT_SESSION_SQL_TIMEOUT.",
             kind,
         )
     return None

@@ -42,6 +42,10 @@ class TooLate(Exception):
     """The time was up before a connection was there."""
 
 
+class NobodyAnswers(TooLate):
+    """So many earlier attempts have not got one yet that no further one is made."""
+
+
 class TimeLimit:
     """The time that one call may take, and the connections that it uses.
 
@@ -127,14 +131,14 @@ def connect_within(
     :param close: closes a connection that came too late.
     :param whom: what names the database.
     :param blocks: the driver waits in C, so that no greenlet could run meanwhile.
-    :raises TooLate: it was given up.
+    :raises TooLate: it was given up, or not even tried.
     """
     timekeeper = _timekeeper()
     threads = original("_thread") if blocks else importlib.import_module("_thread")
     attempt = _Attempt(connect, close, whom, timekeeper, threads.allocate_lock())
     with timekeeper.mutex:
         if timekeeper.given_up[whom] >= MOST_GIVEN_UP:
-            raise TooLate("earlier attempts to connect are still waiting")
+            raise NobodyAnswers("earlier attempts to connect are still waiting")
     threads.start_new_thread(attempt.run, ())
     return attempt.result(seconds)
 

@@ -22,6 +22,7 @@ from .envelope import CorruptBytes, Keyring, UnknownFormat
 from .errors import SqlBusy, SqlUnavailable
 from .events import Observer, logger, short
 from .health import Breaker
+from .patience import Patience
 from .record import EndReason, Record, Tombstone
 from .replication import (
     RowAnswer,
@@ -42,6 +43,9 @@ _Result = TypeVar("_Result")
 
 #: The version of a row that was just inserted.
 _FIRST_VERSION: Final = 1
+
+#: Seconds that make no difference between two durations.
+_MOMENT: Final = 0.001
 
 #: Ends that a process remembers while SQL does not answer; about 300 bytes each.
 _MOST_DEBTS: Final = 1000
@@ -103,10 +107,10 @@ class Durable:
     def read(self, access: Access) -> RowAnswer:
         """What SQL says about a session; silence is an answer, not an error."""
         try:
-            with self._place(access.deadline):
+            with self._place(access.patience):
                 row = self._guarded(
                     lambda until: self._sql.read(access.session_key, until),
-                    access.deadline,
+                    access.patience,
                 )
         except SqlUnavailable as error:
             return silence(error)
@@ -145,7 +149,7 @@ class Durable:
         row = self._row(access, synced)
         with self._spare_place(can_wait):
             inserted = self._guarded(
-                lambda until: self._sql.insert(row, until), access.deadline
+                lambda until: self._sql.insert(row, until), access.patience
             )
         return self._counted(synced) if inserted else None
 
@@ -164,7 +168,7 @@ class Durable:
         row = self._row(access, synced)
         with self._spare_place(can_wait):
             updated = self._guarded(
-                lambda until: self._sql.update(row, seen, until), access.deadline
+                lambda until: self._sql.update(row, seen, until), access.patience
             )
         return self._counted(synced) if updated else None
 
@@ -178,7 +182,7 @@ class Durable:
         has_row = record is None or not record.never_synced
         self._guarded(
             lambda until: self._sql.bury(row, until, has_row=has_row),
-            access.deadline,
+            access.patience,
         )
 
     def owe(self, access: Access, tombstone: Tombstone, record: Record | None) -> None:
@@ -211,7 +215,7 @@ class Durable:
             lambda until: self._sql.move(
                 tombstone_row, new_row, until, seen_version=seen
             ),
-            new.deadline,
+            new.patience,
         )
         return self._counted(synced) if moved else None
 
@@ -269,10 +273,14 @@ class Durable:
             return None
         return user_id_column(decode_value(entry.value))
 
-    def _place(self, deadline: float) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _place(self, patience: Patience) -> Iterator[None]:
         """One of the places for reads, waited for a bounded time."""
-        wait = min(self._sql_timeout, deadline - self._clock.monotonic())
-        return self._taken(max(wait, 0))
+        with contextlib.ExitStack() as stack:
+            with patience.waiting(self._sql_timeout):
+                wait = max(min(self._sql_timeout, patience.left), 0)
+                stack.enter_context(self._taken(wait))
+            yield
 
     def _spare_place(self, can_wait: bool) -> contextlib.AbstractContextManager[None]:
         """A place that nobody else wants, for what can wait; none for the rest."""
@@ -290,17 +298,28 @@ class Durable:
         finally:
             self._places.release()
 
-    def _guarded(self, call: Callable[[float], _Result], deadline: float) -> _Result:
-        if self._clock.monotonic() >= deadline:
+    def _guarded(self, call: Callable[[float], _Result], patience: Patience) -> _Result:
+        """Make a call; SQL's time begins now.
+
+        :param call: is given a monotonic deadline.
+        """
+        given = min(self._sql_timeout, patience.left)
+        if given <= 0:
             # Not SQL's fault, so that its breaker does not hear of it.
-            raise SqlBusy("no time left for SQL in this request's budget")
-        if not self._breaker.admits(self._clock.monotonic()):
+            raise SqlBusy("this request has waited for too long to ask SQL as well")
+        began = self._clock.monotonic()
+        if not self._breaker.admits(began):
             raise SqlUnavailable("SQL is skipped for a while after failures")
         try:
-            result = call(deadline)
+            with patience.waiting(self._sql_timeout):
+                result = call(began + given)
         except SqlBusy:
             raise
         except SqlUnavailable as error:
+            late = self._clock.monotonic() - began >= given
+            if late and given < self._sql_timeout - _MOMENT:
+                # It had less than its time, and may be well.
+                raise SqlBusy(f"this request waited elsewhere, then: {error}") from None
             self._observer.count("sql_faults")
             if self._breaker.failed(
                 self._clock.monotonic(),
@@ -312,17 +331,22 @@ class Durable:
         if self._breaker.succeeded(self._clock.monotonic()):
             logger.info("SQL answers again.")
         if self._debts:
-            self._pay(deadline)
+            self._pay(patience)
         return result
 
-    def _pay(self, deadline: float) -> None:
+    def _pay(self, patience: Patience) -> None:
         """Pay one debt with the call that has just shown that SQL answers."""
+        if patience.is_over:
+            return
         try:
             row = self._debts.popleft()
         except IndexError:  # another thread was faster
             return
         try:
-            self._sql.bury(row, deadline, has_row=True)
+            given = min(self._sql_timeout, patience.left)
+            with patience.waiting(self._sql_timeout):
+                until = self._clock.monotonic() + given
+                self._sql.bury(row, until, has_row=True)
         except SqlUnavailable:
             self._debts.append(row)
 

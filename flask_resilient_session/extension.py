@@ -93,6 +93,7 @@ class AppState:
             timing=self.settings.timing(app.permanent_session_lifetime),
             clock=self.clock,
             observer=self.observer,
+            statement_seconds=seconds,
         )
 
 
@@ -263,7 +264,7 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
 
     ring = Ring(RingNode(n.name, n.weight, n.zone) for n in settings.nodes)
     cluster = Cluster(
-        {n.name: Node(n.name, n.address, clock.monotonic) for n in settings.nodes},
+        {n.name: Node(n.name, n.address, clock) for n in settings.nodes},
         new_breaker=new_breaker,
         node_timeout=settings.node_timeout,
         key_prefix=settings.key_prefix,
@@ -358,7 +359,7 @@ def _reap_after_response(app: Flask, state: AppState) -> None:
     if not app.secret_key:
         return
     options = ReapOptions(batch_size=_REAP_BATCH, limit=_REAP_BATCH)
-    seconds = state.settings.request_budget
+    seconds = state.settings.patience
     report = state.new_reaper(app, seconds).run(options)
     if report.failed is not None or report.refused is not None:
         reason = report.failed or report.refusal
@@ -395,4 +396,4 @@ def _current_revoker() -> Revoker:
     app = _app()
     state = _state(app)
     # For a request: commands have more patience.
-    return state.new_revoker(app, state.settings.request_budget)
+    return state.new_revoker(app, state.settings.patience)

@@ -43,7 +43,7 @@ class Homes:
         if not names:
             return {}
         return self.cluster.read(
-            names, access.session_key, access.keyring, access.deadline
+            names, access.session_key, access.keyring, access.patience
         )
 
     def requests(
@@ -71,7 +71,7 @@ class Homes:
         if not places:
             return {}
         requests = self.requests(access, copy, places, now_ms)
-        answers = self.cluster.write(requests, access.deadline)
+        answers = self.cluster.write(requests, access.patience)
         return dict(zip(places, answers, strict=True))
 
     def write_in_turn(
@@ -101,7 +101,7 @@ class Homes:
             return {}
         data, exptime = self._sealed(access, tombstone, tombstone.ended_ms)
         request = self.cluster.bury(access.session_key, data, exptime)
-        answers = self.cluster.write([(n, request) for n in names], access.deadline)
+        answers = self.cluster.write([(n, request) for n in names], access.patience)
         acks = dict(zip(names, answers, strict=True))
         # One that refuses has dropped the old copy, by memcached's rule for a failed
         # set; it is removed all the same, since not every version keeps to that.
@@ -124,7 +124,7 @@ class Homes:
     def _remove(self, access: Access, names: Sequence[str]) -> None:
         if names:
             request = self.cluster.remove(access.session_key)
-            self.cluster.write([(name, request) for name in names], access.deadline)
+            self.cluster.write([(name, request) for name in names], access.patience)
 
     def _sealed(self, access: Access, copy: Copy, now_ms: int) -> tuple[bytes, int]:
         if isinstance(copy, Tombstone):

@@ -15,6 +15,7 @@ from .config import Settings
 from .cookie import CookieSigner
 from .envelope import Keyring
 from .errors import SetupError
+from .patience import Patience
 
 #: Keys change by rotation and not by request: more sets than this are left-overs.
 _REMEMBERED: Final = 8
@@ -64,14 +65,14 @@ class Keys:
             )
         return known
 
-    def access(self, app: Flask, sid: str, deadline: float) -> Access:
+    def access(self, app: Flask, sid: str, patience: Patience) -> Access:
         """Access to a session by its id.
 
-        :param deadline: monotonic time, in seconds.
+        :param patience: what is left to wait for it.
         """
         return Access(
             session_key=session_key_of(sid),
             keyring=self.of(app).keyring,
             timing=self._settings.timing(app.permanent_session_lifetime),
-            deadline=deadline,
+            patience=patience,
         )

@@ -57,7 +57,12 @@ class Loader:
         """
         replies = self._homes.read(access)
         verdict = judge_copies(replies, access.timing, self._clock.now_ms())
-        if verdict is None and not ask_sql and torn(replies):
+        if (
+            verdict is None
+            and not ask_sql
+            and torn(replies)
+            and not access.patience.is_over
+        ):
             replies = self._homes.read(access)
             verdict = judge_copies(replies, access.timing, self._clock.now_ms())
         self._count_corrupt(replies)

@@ -133,7 +133,7 @@ class Mover:
         burials = self._homes.requests(old, tombstone, live.places, now_ms)
         new_places: dict[str, Token | None] = dict.fromkeys(self._homes.names(new))
         placements = self._homes.requests(new, record, new_places, now_ms)
-        acks = self._homes.cluster.write([*burials, *placements], old.deadline)
+        acks = self._homes.cluster.write([*burials, *placements], old.patience)
         buried = [name for name, _ in burials]
         # Homes that were not seen have still to be read: perhaps they answer by now.
         answers = dict.fromkeys(homes, Ack.CONFLICT)

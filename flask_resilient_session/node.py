@@ -1,9 +1,10 @@
 """One memcached node: its connections, and one exchange in two halves.
 
-Sending and receiving are separate, so that a caller can send to two nodes before
-it reads from either. The connections come from python-memcached's host objects,
-one per connection; of its reading and writing nothing is used, because its timeout
-is per ``recv`` and it never compares the returned key with the asked one.
+Connecting, sending and receiving are separate, so that a caller can connect to two
+nodes at once, and send to both before it reads from either. The connections come from
+python-memcached's host objects, one per connection; of its reading and writing nothing
+is used, because its timeout is per ``recv`` and it never compares the returned key with
+the asked one.
 
 A connection is either idle in the pool, with nothing sent and nothing to read, or
 owned by one exchange. Whatever interrupts an exchange, a foreign ``Timeout`` raised
@@ -13,15 +14,22 @@ request.
 
 from __future__ import annotations
 
+import errno
 import itertools
+import math
+import operator
 import os
+import select
 import socket
 import threading
-from collections.abc import Callable
-from typing import Any, Final
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from typing import Any, Final, Protocol
 
 import memcache
 
+from .clock import Clock
+from .patience import Stopwatch
 from .wire import Ack, Cas, Parsed, ProtocolError, Request
 
 #: Idle connections kept per node and process. More are opened when more requests
@@ -31,9 +39,16 @@ IDLE_CONNECTIONS: Final = 32
 #: One read takes a whole session of common size.
 _READ_BYTES: Final = 64 * 1024
 
-#: Reads and writes that are already possible get this long even when the deadline
-#: has passed, since the time may have been spent waiting for another node.
+#: What is possible at once is done however late it is, since the time may have been
+#: spent on another node, or on other requests. Sending takes no longer than this then.
 _LAST_CHANCE_SECONDS: Final = 0.001
+
+#: Seconds in which the rest of a reply that has begun to come has time to follow, and
+#: a reply where connecting has taken all the time that there was.
+_READING_SECONDS: Final = 0.05
+
+#: Reads, of what is there, after the deadline: more than the largest reply takes.
+_MOST_LATE_READS: Final = 100
 
 
 class NodeFault(Exception):
@@ -52,41 +67,61 @@ class _Stale(Exception):
 
 
 class _Connection:
-    """A connected socket that enforces deadlines, and when it was opened."""
+    """A socket that enforces deadlines; it may be connecting still.
 
-    __slots__ = ("_clock", "host", "opened_at", "reused", "socket")
+    :ivar opened_at: when it was connected; 0 while it is not.
+    :ivar reused: it has carried an exchange before.
+    """
 
-    def __init__(
-        self,
-        address: str,
-        opened_at: int,
-        deadline: float,
-        clock: Callable[[], float],
-    ) -> None:
-        self.opened_at = opened_at
+    __slots__ = ("_clock", "_late_reads", "host", "opened_at", "reused", "socket")
+
+    def __init__(self, address: str, clock: Clock) -> None:
+        self.opened_at = 0
         self.reused = False
         self._clock = clock
+        self._late_reads = 0
         self.host: Any = memcache.Client([address]).servers[0]
-        connected = socket.socket(self.host.family, socket.SOCK_STREAM)
+        connecting = socket.socket(self.host.family, socket.SOCK_STREAM)
         try:
-            connected.settimeout(max(deadline - clock(), _LAST_CHANCE_SECONDS))
-            connected.connect(self.host.address)
+            connecting.setblocking(False)
+            error = connecting.connect_ex(self.host.address)
+            if error not in (0, errno.EINPROGRESS):
+                raise OSError(error, os.strerror(error))
             if self.host.family != socket.AF_UNIX:
-                connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connecting.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         except BaseException:
-            connected.close()
+            connecting.close()
             raise
-        self.host.socket = self.socket = connected
+        self.host.socket = self.socket = connecting
+
+    def is_connected(self) -> bool:
+        """Whether it is by now, without waiting.
+
+        :raises OSError: it never will be.
+        """
+        error = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+        try:
+            self.socket.getpeername()
+        except OSError:
+            return False
+        return True
 
     def send(self, data: bytes, deadline: float) -> None:
-        self.socket.settimeout(max(deadline - self._clock(), _LAST_CHANCE_SECONDS))
+        remaining = deadline - self._clock.monotonic()
+        self.socket.settimeout(max(remaining, _LAST_CHANCE_SECONDS))
         self.socket.sendall(data)
 
     def receive(self, request: Request, deadline: float) -> Parsed:
         """The reply, whole and alone, or an exception that closes the connection."""
+        self._late_reads = 0
         data = self._read(deadline)
         if not data:
             raise _Stale
+        # It was answered, however late that is noticed, and a large reply comes in
+        # pieces: there is no room for all of it before it is read.
+        deadline = max(deadline, self._clock.monotonic() + _READING_SECONDS)
         while (parsed := request.parse(data)) is None:
             data += self._read_on(deadline)
         reply, length = parsed
@@ -100,13 +135,24 @@ class _Connection:
         return reply
 
     def _read(self, deadline: float) -> bytes:
-        self.socket.settimeout(max(deadline - self._clock(), _LAST_CHANCE_SECONDS))
-        return self.socket.recv(_READ_BYTES)
+        remaining = deadline - self._clock.monotonic()
+        if remaining > 0:
+            self.socket.settimeout(remaining)
+            try:
+                return self.socket.recv(_READ_BYTES)
+            except TimeoutError:
+                pass  # it may have come all the same, before this process was back
+        self._late_reads += 1
+        if self._late_reads > _MOST_LATE_READS:
+            raise TimeoutError("the reply is still incomplete at its deadline")
+        self.socket.settimeout(0)
+        try:
+            return self.socket.recv(_READ_BYTES)
+        except BlockingIOError:
+            raise TimeoutError("nothing came in time") from None
 
     def _read_on(self, deadline: float) -> bytes:
         """More of a reply that has begun."""
-        if self._clock() >= deadline:
-            raise TimeoutError("the reply is still incomplete at its deadline")
         received = self._read(deadline)
         if not received:
             raise ConnectionError("closed in a reply")
@@ -121,39 +167,118 @@ class _Connection:
             self.close()
 
 
-class Exchange:
-    """A request sent to a node whose reply has not been read yet."""
+class Connecting(Protocol):
+    """What :func:`finish_connecting` asks of an exchange."""
 
-    __slots__ = ("_connection", "_fault", "_node", "_request", "deadline", "read_at")
+    @property
+    def connecting(self) -> bool:
+        """Whether its request could not be sent yet."""
+
+    @property
+    def seconds_left(self) -> float:
+        """How long it may take."""
+
+    def fileno(self) -> int:
+        """The number of its socket."""
+
+    def go_on(self) -> bool:
+        """Send the request if it is connected by now; whether that is settled."""
+
+
+class Exchange:
+    """A request to a node whose reply has not been read yet.
+
+    Its time begins when it is made, and what was waited for the connection counts.
+    That this process was busy with something else until it could send does not.
+    """
+
+    __slots__ = (
+        *("_clock", "_connection", "_data", "_fault", "_node", "_request"),
+        *("_timeout", "_watch", "deadline", "read_at"),
+    )
 
     def __init__(self, node: Node, request: Request, deadline: float) -> None:
         self._node = node
+        self._clock = node.clock
         self._request = request
+        self._data = b""
         self._connection: _Connection | None = None
         self._fault: NodeFault | None = None
-        #: Monotonic time; may be put off by whoever made this exchange wait.
+        self._watch: Stopwatch | None = None
+        self._timeout = deadline - self._clock.monotonic()
+        #: Monotonic time.
         self.deadline = deadline
         #: The moment of the node's life at which tokens in the reply count as read:
         #: before the request was sent, so that no later connection passes for older.
         self.read_at = 0
 
-    def send(self) -> None:
-        """Send the request; a fault is kept for :meth:`receive`."""
-        data = self._request.encode()
+    @property
+    def connecting(self) -> bool:
+        """Whether its request could not be sent yet; see :func:`finish_connecting`."""
+        connection = self._connection
+        return connection is not None and not connection.opened_at
+
+    @property
+    def seconds_left(self) -> float:
+        """How long it may take; below 0 when its time is over."""
+        return self.deadline - self._clock.monotonic()
+
+    def fileno(self) -> int:
+        """The number of its socket."""
+        assert self._connection is not None
+        return self._connection.socket.fileno()
+
+    def begin(self) -> None:
+        """Send the request, if there is a connection; otherwise begin to connect.
+
+        A fault is kept for :meth:`receive`.
+        """
+        self._data = self._request.encode()
         with _Faults(self):
-            self._connection = self._node.take(self._request, self.deadline)
-            if self._connection is not None:
-                self.read_at = self._node.tick()
-                try:
-                    self._connection.send(data, self.deadline)
-                except (BrokenPipeError, ConnectionResetError):
-                    self._again_if_stale(data)
+            self._connection = self._node.take(self._request)
+            if self.connecting:
+                self._watch = Stopwatch(self._clock)
+                self._send_if_connected()
+            elif self._connection is not None:
+                self._send(self._connection, self._timeout)
+
+    def go_on(self) -> bool:
+        """Send the request if it is connected by now; whether that is settled."""
+        with _Faults(self):
+            if not self._send_if_connected():
+                if self.seconds_left <= 0:
+                    raise TimeoutError
+                return False
+        return True
+
+    def _send_if_connected(self) -> bool:
+        connection, watch = self._connection, self._watch
+        assert connection is not None
+        assert watch is not None
+        if not connection.is_connected():
+            return False
+        connection.opened_at = self._node.tick()
+        left = self._timeout - watch.waited
+        self._send(connection, max(left, min(self._timeout, _READING_SECONDS)))
+        return True
+
+    def _send(self, connection: _Connection, seconds: float) -> None:
+        self.read_at = self._node.tick()
+        self.deadline = self._clock.monotonic() + seconds
+        try:
+            connection.send(self._data, self.deadline)
+        except (BrokenPipeError, ConnectionResetError):
+            self._again_if_stale()
+        else:
+            # Only now is it asked: this process may have come back late from sending.
+            self.deadline = self._clock.monotonic() + seconds
 
     def receive(self) -> Parsed:
         """The reply; a conflict where no connection could carry the request.
 
         :raises NodeFault: the node did not answer as a node does.
         """
+        finish_connecting([self])
         if self._fault is not None:
             raise self._fault
         if self._connection is None:
@@ -180,12 +305,15 @@ class Exchange:
         try:
             return self._connection.receive(self._request, self.deadline)
         except (_Stale, ConnectionResetError, BrokenPipeError):
-            self._again_if_stale(self._request.encode())
+            self._again_if_stale()
+            finish_connecting([self])
+            if self._fault is not None:
+                raise self._fault from None
             if self._connection is None:
                 return Ack.CONFLICT
             return self._connection.receive(self._request, self.deadline)
 
-    def _again_if_stale(self, data: bytes) -> None:
+    def _again_if_stale(self) -> None:
         """One reconnect for a pooled connection that its server had closed.
 
         A server that restarted closed all the connections it had. What may not be
@@ -198,9 +326,27 @@ class Exchange:
         self.read_at = 0
         self._node.drop_idle()
         if self._request.repeatable:
-            self._connection = self._node.connect(self.deadline)
-            self.read_at = self._node.tick()
-            self._connection.send(data, self.deadline)
+            # That may have been noticed late, after a wait for another node.
+            self.deadline = self._clock.monotonic() + self._timeout
+            self._watch = Stopwatch(self._clock)
+            self._connection = self._node.connect()
+            self._send_if_connected()
+
+
+def finish_connecting(exchanges: Iterable[Connecting]) -> None:
+    """Connect for all of them at once, and send each request as soon as it can be.
+
+    Those that are connected are left alone. A fault is kept for ``receive``.
+    """
+    waiting = [exchange for exchange in exchanges if exchange.connecting]
+    while waiting:
+        seconds = min(exchange.seconds_left for exchange in waiting)
+        if seconds > 0:
+            poll = select.poll()
+            for exchange in waiting:
+                poll.register(exchange.fileno(), select.POLLOUT)
+            poll.poll(math.ceil(seconds * 1000))
+        waiting = [exchange for exchange in waiting if not exchange.go_on()]
 
 
 class _Faults:
@@ -231,19 +377,23 @@ class _Faults:
         return True
 
 
+_opened_at = operator.attrgetter("opened_at")
+
+
 class Node:
     """One memcached node and its pool of idle connections.
 
     :param name: the node's name, for messages.
     :param address: python-memcached's syntax, ``inet:host:port`` and so on.
-    :param clock: monotonic seconds.
+    :param clock: for deadlines.
     """
 
-    def __init__(self, name: str, address: str, clock: Callable[[], float]) -> None:
+    def __init__(self, name: str, address: str, clock: Clock) -> None:
         self.name = name
         self.address = address
-        self._clock = clock
+        self.clock = clock
         self._lock = threading.Lock()
+        #: The oldest first.
         self._idle: list[_Connection] = []
         self._process = os.getpid()
         #: Orders the opening of connections and the reading of tokens.
@@ -255,21 +405,18 @@ class Node:
         :param deadline: monotonic time for the whole exchange, connecting included.
         """
         exchange = Exchange(self, request, deadline)
-        exchange.send()
+        exchange.begin()
         return exchange
-
-    def has_idle(self) -> bool:
-        """Whether a request can be sent without connecting first."""
-        return bool(self._idle) and self._process == os.getpid()
 
     def tick(self) -> int:
         """The next moment in this node's life, for tokens."""
         return next(self._ticks)
 
-    def take(self, request: Request, deadline: float) -> _Connection | None:
+    def take(self, request: Request) -> _Connection | None:
         """A connection that may carry this request, None if none can.
 
-        The last used is taken first, so that as few stay in use as are needed.
+        The youngest is taken, so that as few stay in use as are needed, and older ones
+        are left to those that need one.
         """
         opened_before = request.read_at if isinstance(request, Cas) else None
         if self._process != os.getpid():
@@ -279,23 +426,28 @@ class Node:
             # Last, or another thread would take one of them in between.
             self._process = os.getpid()
         with self._lock:
-            for index in range(len(self._idle) - 1, -1, -1):
-                if opened_before is None or self._idle[index].opened_at < opened_before:
-                    return self._idle.pop(index)
-        return None if opened_before is not None else self.connect(deadline)
+            idle = self._idle
+            place = len(idle)
+            if opened_before is not None:
+                place = bisect_left(idle, opened_before, key=_opened_at)
+            if place:
+                return idle.pop(place - 1)
+        return None if opened_before is not None else self.connect()
 
-    def connect(self, deadline: float) -> _Connection:
-        """A new connection."""
-        return _Connection(self.address, next(self._ticks), deadline, self._clock)
+    def connect(self) -> _Connection:
+        """A new connection, which is being made."""
+        return _Connection(self.address, self.clock)
 
     def give(self, connection: _Connection) -> None:
         """Take back a connection on which nothing is outstanding."""
         connection.reused = True
         with self._lock:
-            if len(self._idle) < IDLE_CONNECTIONS:
-                self._idle.append(connection)
+            insort(self._idle, connection, key=_opened_at)
+            if len(self._idle) <= IDLE_CONNECTIONS:
                 return
-        connection.close()
+            # Tokens are good on the older ones only: in a crowd these are needed.
+            youngest = self._idle.pop()
+        youngest.close()
 
     def drop_idle(self) -> None:
         """Close all idle connections."""

@@ -22,6 +22,7 @@ from .durable import Durable
 from .envelope import Keyring
 from .errors import SqlUnavailable
 from .events import Observer, logger, session_expired, short
+from .patience import Patience
 from .reaping import (
     Keep,
     Reap,
@@ -264,7 +265,7 @@ class Reaper:
         self, row: Row, options: ReapOptions, report: ReapReport, dead: list[_Dead]
     ) -> None:
         """Look at one row; the pass goes on whatever becomes of it."""
-        access = Access(row.session_key, self._keyring, self._timing, self._until())
+        access = Access(row.session_key, self._keyring, self._timing, self._patience())
         answer = self._durable.open_row(row, self._keyring)
         replies = self._ask(access, row, options)
         now_ms = self._clock.now_ms()
@@ -341,6 +342,9 @@ class Reaper:
         except ValueError as error:
             logger.warning("The data of an expired session cannot be read: %s", error)
             return None
+
+    def _patience(self) -> Patience:
+        return Patience(self._clock, self._statement_seconds)
 
     def _until(self) -> float:
         return self._clock.monotonic() + self._statement_seconds

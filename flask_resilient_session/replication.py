@@ -32,7 +32,7 @@ from .ring import PAIR
 from .times import CLOCKS_APART_MS, expires_ms
 from .wire import Ack
 
-#: A request that moves a session has ended after this, whatever its budget.
+#: A request that moves a session has ended after this, whatever it waited for.
 MOVE_AT_WORK_MS: Final = 60_000
 
 

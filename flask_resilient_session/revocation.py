@@ -19,6 +19,7 @@ from .durable import user_id_column
 from .envelope import Keyring
 from .errors import SessionUnavailable, SqlUnavailable
 from .events import logger, short
+from .patience import Patience
 from .rows import Row
 from .store import Store
 
@@ -165,7 +166,8 @@ class Revoker:
             after = page[-1].session_key
 
     def _access(self, row: Row) -> Access:
-        return Access(row.session_key, self._keyring, self._timing, self._until())
+        patience = Patience(self._clock, self._step_seconds)
+        return Access(row.session_key, self._keyring, self._timing, patience)
 
     def _until(self) -> float:
         return self._clock.monotonic() + self._step_seconds

@@ -119,9 +119,12 @@ class Saver:
                 self._observer.count("conflicts")
                 self._observer.send(session_conflict, session=short(access.session_key))
                 ask_sql = conflict.ask_sql
+            if access.patience.is_over:
+                break
             if attempt == 0:
-                wait = access.deadline - self._clock.monotonic()
-                turn.enter_context(self._turns.take(access.session_key, wait))
+                wait = access.patience.left
+                with access.patience.waiting(wait):
+                    turn.enter_context(self._turns.take(access.session_key, wait))
             verdict = self._loader.load(access, ask_sql=ask_sql)
             if isinstance(verdict, Gone):
                 return verdict
@@ -189,14 +192,8 @@ class Saver:
             # on both homes.
             for_sql = drop_markers(for_sql)
         for_sql = self._steps.changed(for_sql, changes, now_ms)
-        patience = access
-        if need is not SqlNeed.REQUIRED:
-            # The homes come next, and would take the change alone.
-            now = self._clock.monotonic()
-            half = now + (access.deadline - now) / 2
-            patience = replace(access, deadline=half)
         try:
-            return self._write_row(patience, for_sql, need), True
+            return self._write_row(access, for_sql, need), True
         except SqlUnavailable as error:
             if need is SqlNeed.REQUIRED:
                 raise self._steps.not_kept(access, error) from error

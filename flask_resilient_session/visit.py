@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from flask import Flask, Request, Response
@@ -16,6 +15,7 @@ from .cookie import read_cookie
 from .errors import SessionUnavailable
 from .events import Observer, logger, short
 from .keys import Keys
+from .patience import Patience
 from .replication import Gone, Live, Unknown
 from .session import Session
 from .store import Store
@@ -34,7 +34,7 @@ class Household:
 
 
 class RequestVisit:
-    """One session in one request: what was loaded, and the time spent on it.
+    """One session in one request: what was loaded, and what may still be waited.
 
     :ivar cookie_came: the request carried a session cookie, whatever was in it.
     :ivar sid: the id in it, if it is one that we signed.
@@ -45,7 +45,7 @@ class RequestVisit:
         self._house = house
         self._app = app
         self._request = request
-        self._spent = 0.0
+        self._saving: Patience | None = None
         self.has_response = False
         self.saved = False
         self.cookie_came = False
@@ -62,10 +62,8 @@ class RequestVisit:
         if sid is None:
             session.fill(None, {})
             return
-        self.access = access = house.keys.access(
-            app, sid, self.deadline(for_saving=False)
-        )
-        self.found = self.timed(lambda: house.store.load(access))
+        self.access = access = house.keys.access(app, sid, self._new_patience())
+        self.found = house.store.load(access)
         if isinstance(self.found, Live):
             try:
                 session.fill(sid, self.found.record.payload())
@@ -98,33 +96,23 @@ class RequestVisit:
         self.has_response = True
         return response
 
-    def deadline(self, *, for_saving: bool) -> float:
-        """Monotonic time by which loading or saving must end.
-
-        Half of the request's budget is kept for saving; time between the two does
-        not count.
-        """
-        budget = self._house.settings.request_budget
-        allowed = budget - self._spent if for_saving else budget / 2
-        return self._house.clock.monotonic() + allowed
-
-    def timed(self, call: Callable[[], Live | Gone | Unknown]) -> Live | Gone | Unknown:
-        """Call something and count its time against the budget."""
-        started = self._house.clock.monotonic()
-        try:
-            return call()
-        finally:
-            self._spent += self._house.clock.monotonic() - started
-
     def access_for_saving(self) -> Access:
-        """The loaded session's access with the time that is left."""
+        """The loaded session's access, on the terms of saving."""
         assert self.access is not None
-        return replace(self.access, deadline=self.deadline(for_saving=True))
+        return replace(self.access, patience=self._saving_patience())
 
     def access_to(self, sid: str) -> Access:
-        """Access to another id in the time that is left."""
-        deadline = self.deadline(for_saving=True)
-        return self._house.keys.access(self._app, sid, deadline)
+        """Access to another id, on the terms of saving."""
+        return self._house.keys.access(self._app, sid, self._saving_patience())
+
+    def _saving_patience(self) -> Patience:
+        """One for all that is saved in this request."""
+        if self._saving is None:
+            self._saving = self._new_patience()
+        return self._saving
+
+    def _new_patience(self) -> Patience:
+        return Patience(self._house.clock, self._house.settings.patience)
 
     def _too_late(self) -> bool:
         return self.has_response or self.saved or _in_error_handler()

@@ -70,7 +70,6 @@ def make_app(
         RESILIENT_SESSION_NODE_RETRY_MAX=0.04,
         # Under load a healthy machine may be slower than the defaults like.
         RESILIENT_SESSION_NODE_TIMEOUT=1.0,
-        RESILIENT_SESSION_REQUEST_BUDGET=8.0,
         RESILIENT_SESSION_SQL_TIMEOUT=2.0,
     )
     app.config.update(config)

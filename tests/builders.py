@@ -28,6 +28,7 @@ from flask_resilient_session.events import Observer
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.node import Node
+from flask_resilient_session.patience import Patience
 from flask_resilient_session.record import Entry, Record, Tombstone
 from flask_resilient_session.replication import Gone, Live
 from flask_resilient_session.ring import Ring, RingNode
@@ -97,6 +98,11 @@ def soon(seconds: float = 30.0) -> float:
     return time.monotonic() + seconds
 
 
+def patient(seconds: float = 30.0) -> Patience:
+    """Patience that no healthy exchange tries."""
+    return Patience(SystemClock(), seconds)
+
+
 def row(key: str, **fields: Any) -> Row:
     """A live row."""
     usual: dict[str, Any] = {
@@ -136,7 +142,7 @@ _made: list[Node] = []
 
 def new_node(address: str, name: str = FIRST_HOME) -> Node:
     """A node whose connections :func:`close_nodes` closes."""
-    node = Node(name, address, time.monotonic)
+    node = Node(name, address, SystemClock())
     _made.append(node)
     return node
 
@@ -267,8 +273,7 @@ class Site:
 
     def access(self, name: str) -> Access:
         """One session on this site's usual terms."""
-        deadline = self.clock.monotonic() + 30
-        return Access(session_key(name), self.keyring, self.timing, deadline)
+        return Access(session_key(name), self.keyring, self.timing, patient())
 
     def server(self, home: str) -> Memcached:
         """The server behind a node's name."""

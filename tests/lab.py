@@ -35,7 +35,7 @@ from flask_resilient_session.record import Copy, Record, Tombstone
 from lab_databases import LabDatabase, SqliteFile
 from lab_workers import (
     HASTY,
-    HASTY_BUDGET,
+    HASTY_SECONDS,
     HASTY_WITH_SQL,
     LIFETIME,
     PATIENCE,
@@ -345,7 +345,7 @@ __all__ = [
     "DEAD",
     "FIRST",
     "HASTY",
-    "HASTY_BUDGET",
+    "HASTY_SECONDS",
     "HASTY_WITH_SQL",
     "LIFETIME",
     "MOVED",

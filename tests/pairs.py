@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from builders import (
@@ -12,6 +11,7 @@ from builders import (
     PREFIX,
     SECOND_HOME,
     make_cluster,
+    patient,
     real_node,
     record,
     session_key,
@@ -37,12 +37,12 @@ def real_pair(nodes: list[Memcached], **changes: Any) -> Cluster:
     return pair_of(real_node(nodes[0]), real_node(nodes[1], SECOND_HOME), **changes)
 
 
-def read(cluster: Cluster, seconds: float = 20.0) -> dict[str, Reply]:
+def read(cluster: Cluster) -> dict[str, Reply]:
     """What both nodes hold."""
-    return cluster.read(PAIR, KEY, KEYRING, time.monotonic() + seconds)
+    return cluster.read(PAIR, KEY, KEYRING, patient())
 
 
 def write(cluster: Cluster, request: Request) -> list[Ack]:
     """The same request to both nodes."""
     requests = [(name, request) for name in PAIR]
-    return cluster.write(requests, time.monotonic() + 20)
+    return cluster.write(requests, patient())

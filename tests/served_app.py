@@ -44,7 +44,6 @@ SETTINGS: Final = {
     "RESILIENT_SESSION_NODE_TIMEOUT": "2",
     "RESILIENT_SESSION_NODE_RETRY": "0.05",
     "RESILIENT_SESSION_NODE_RETRY_MAX": "0.1",
-    "RESILIENT_SESSION_REQUEST_BUDGET": "16",
     "RESILIENT_SESSION_SQL_TIMEOUT": "5",
 }
 
@@ -72,8 +71,8 @@ def note_silence(cluster: Any) -> None:
     """Let a request remember the nodes that were silent when it needed them."""
     exchange = cluster._exchange
 
-    def noting(requests: Any, deadline: float) -> Any:
-        results = exchange(requests, deadline)
+    def noting(requests: Any, patience: Any) -> Any:
+        results = exchange(requests, patience)
         if has_app_context():
             silent = g.setdefault("silent_nodes", set())
             for (name, _), (parsed, _) in zip(requests, results, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -17,6 +16,7 @@ from builders import (
     SECOND_HOME,
     make_cluster,
     new_node,
+    patient,
     record,
     session_key,
 )
@@ -67,7 +67,7 @@ def test_answers_are_in_the_order_of_the_requests(nodes: list[Memcached]) -> Non
     """Which node is asked first, because it is connected, does not matter."""
     cluster = real_pair(nodes)
     nodes[1].raw_set(STORED_KEY, b"there")
-    cluster.read([SECOND_HOME], KEY, KEYRING, time.monotonic() + 20)
+    cluster.read([SECOND_HOME], KEY, KEYRING, patient())
     add = cluster.place(KEY, SEALED, 60, None)
     assert write(cluster, add) == [Ack.STORED, Ack.CONFLICT]
 
@@ -75,7 +75,7 @@ def test_answers_are_in_the_order_of_the_requests(nodes: list[Memcached]) -> Non
 def test_nothing_asked_is_no_round_trip() -> None:
     """Without a node to ask, nothing is counted."""
     cluster = make_cluster({})
-    assert cluster.read([], KEY, KEYRING, time.monotonic() + 1) == {}
+    assert cluster.read([], KEY, KEYRING, patient()) == {}
     assert cluster._observer.stats["round_trips"] == 0
 
 
@@ -95,9 +95,8 @@ def test_what_was_placed_is_read(nodes: list[Memcached]) -> None:
         assert reply.copy == record()
         newer = KEYRING.seal(KEY, record(writes=5))
         place = cluster.place(KEY, newer, 60, reply.token)
-        deadline = time.monotonic() + 20
-        assert cluster.write([(name, place)], deadline) == [Ack.STORED]
-        assert cluster.write([(name, place)], deadline) == [Ack.CONFLICT]
+        assert cluster.write([(name, place)], patient()) == [Ack.STORED]
+        assert cluster.write([(name, place)], patient()) == [Ack.CONFLICT]
         assert server.raw_get(STORED_KEY) == newer
     dead = Tombstone("ended", NOW)
     assert write(cluster, cluster.bury(KEY, KEYRING.seal(KEY, dead), 60)) == stored
@@ -127,7 +126,7 @@ def test_what_is_no_record_of_this_session_is_corrupt(
     reply = read(cluster)[FIRST_HOME]
     assert isinstance(reply, Corrupt)
     place = cluster.place(KEY, SEALED, 60, reply.token)
-    answers = cluster.write([(FIRST_HOME, place)], time.monotonic() + 20)
+    answers = cluster.write([(FIRST_HOME, place)], patient())
     assert answers == [Ack.STORED]
 
 

@@ -23,6 +23,7 @@ from builders import (
     SwitchedSql,
     TestClock,
     encoded,
+    patient,
     patient_breaker,
     record,
     row,
@@ -57,7 +58,7 @@ KEY, OTHER = session_key("alice"), session_key("bob")
 
 def access(key: str = KEY, seconds: float = 30.0) -> Access:
     """A session, and some time for it."""
-    return Access(key, KEYRING, timing(), time.monotonic() + seconds)
+    return Access(key, KEYRING, timing(), patient(seconds))
 
 
 @pytest.fixture
@@ -304,7 +305,7 @@ def test_a_skipped_sql_is_not_asked(sql: SwitchedSql) -> None:
     assert stored(sql) is None
 
 
-def test_a_budget_that_is_used_up_is_not_sqls_fault(sql: SwitchedSql) -> None:
+def test_patience_that_is_used_up_is_not_sqls_fault(sql: SwitchedSql) -> None:
     """Requests that a hung node slowed do not make this process skip SQL."""
     breaker, observer = usual_breaker(), Observer(None)
     durable = durable_on(sql, breaker=breaker, observer=observer)
@@ -313,6 +314,28 @@ def test_a_budget_that_is_used_up_is_not_sqls_fault(sql: SwitchedSql) -> None:
     assert not breaker.suspect
     assert observer.stats["sql_faults"] == 0
     assert durable.read(access()) == RowMissing()
+
+
+def test_sql_that_was_left_no_time_is_busy(sql: SwitchedSql) -> None:
+    """It had less than SQL_TIMEOUT and may be well; with all of it, it is silent."""
+
+    class Hung:
+        def read(self, key: str, deadline: float) -> None:
+            time.sleep(max(deadline - time.monotonic(), 0))
+            raise SqlUnavailable("SQL did not answer in time")
+
+    breaker = usual_breaker()
+    durable = durable_on(Hung(), breaker=breaker, sql_timeout=0.1)
+    for _ in range(3):
+        answer = durable.read(access(seconds=0.05))
+        assert isinstance(answer, SqlSilent)
+        assert answer.well
+    assert not breaker.suspect
+    for _ in range(3):
+        answer = durable.read(access())
+        assert isinstance(answer, SqlSilent)
+        assert not answer.well
+    assert breaker.suspect
 
 
 def test_reads_at_once_are_bounded(sql: SwitchedSql) -> None:

@@ -47,7 +47,6 @@ class _ResilientFlask(flask.Flask):
             SQLALCHEMY_DATABASE_URI=os.environ[DATABASE],
             RESILIENT_SESSION_NODES=os.environ[NODES],
             RESILIENT_SESSION_NODE_TIMEOUT=2.0,
-            RESILIENT_SESSION_REQUEST_BUDGET=8.0,
             RESILIENT_SESSION_SQL_TIMEOUT=2.0,
         )
         ResilientSession(self)

@@ -197,11 +197,10 @@ def test_deleted_keys_do_not_pile_up(site: Site) -> None:
 # --- time ------------------------------------------------------------------------
 
 
-def test_a_request_takes_no_longer_than_its_budget(sites: Sites) -> None:
-    """Both homes hung and nothing but SQL left: bounded, whatever the timeouts."""
+def test_a_request_takes_no_longer_than_its_timeouts_allow(sites: Sites) -> None:
+    """Both homes hung and nothing but SQL left: twice both timeouts, and one more."""
     site = sites(
         RESILIENT_SESSION_NODE_TIMEOUT=0.3,
-        RESILIENT_SESSION_REQUEST_BUDGET=1.6,
         RESILIENT_SESSION_SQL_TIMEOUT=0.3,
     )
     site.set(_user_id="alice")
@@ -212,7 +211,7 @@ def test_a_request_takes_no_longer_than_its_budget(sites: Sites) -> None:
     for _ in range(5):
         started = time.monotonic()
         codes.append(site.visit(lambda: session.update(b=1)).status_code)
-        assert time.monotonic() - started < 1.6 + 0.4
+        assert time.monotonic() - started < 2 * (0.3 + 0.3) + 0.3 + 0.5
     # Hung homes are waited for together, so that time is left for SQL.
     assert codes == [200] * 5
 

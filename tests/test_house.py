@@ -39,6 +39,7 @@ LEVELS = {
     "node": 2,
     "rows": 1,
     "sql_errors": 1,
+    "patience": 1,
     "deadline": 1,
     "connections": 2,
     "calls": 3,
@@ -76,7 +77,7 @@ LEVELS = {
 #: Rooms that get everything as arguments: their functions only compute.
 PURE = {
     *("ring", "health", "record", "codec", "config", "addresses", "wire"),
-    *("times", "replication", "reaping", "access", "envelope"),
+    *("times", "replication", "reaping", "envelope"),
 }
 IMPURE_MODULES = {
     *("socket", "select", "selectors", "ssl", "time", "random", "os", "io", "pathlib"),

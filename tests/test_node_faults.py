@@ -56,7 +56,7 @@ def test_a_node_killed_between_two_calls(memcached: Memcached) -> None:
     with pytest.raises(NodeFault) as caught:
         get(node)
     assert caught.value.refused
-    assert not node.has_idle()
+    assert not node._idle
 
 
 def test_a_node_restarted_between_two_calls(memcached: Memcached) -> None:
@@ -135,7 +135,7 @@ def test_a_frozen_node_is_held_to_the_deadline(memcached: Memcached) -> None:
     for _ in range(2):
         with held(0.29, 2.0):
             get(node, seconds=0.3)
-        assert not node.has_idle()
+        assert not node._idle
     memcached.thaw()
     assert get(node) is None
 
@@ -162,7 +162,7 @@ def test_a_dripping_node_is_held_to_the_deadline() -> None:
         node = new_node(server.address)
         with held(0.59, 1.2):
             get(node, seconds=0.6)
-        assert not node.has_idle()
+        assert not node._idle
 
 
 def test_a_deadline_long_past_still_reads_what_is_there(memcached: Memcached) -> None:
@@ -175,6 +175,29 @@ def test_a_deadline_long_past_still_reads_what_is_there(memcached: Memcached) ->
     answer = exchange.receive()
     assert isinstance(answer, Value)
     assert answer.data == b"there"
+
+
+def test_a_connection_that_is_there_is_used_however_late_that_is_noticed() -> None:
+    """Its time is over, but what it has connected to answers."""
+    with FakeServer(answering(b"END\r\n")) as server, black_hole() as address:
+        node = new_node(address)
+        exchange = node.send(Get("k", LIMIT), time.monotonic() + 10)
+        assert exchange.connecting
+        # As if the network had let it through while this process was busy.
+        assert exchange._connection is not None
+        exchange._connection.close()
+        exchange._connection = new_node(server.address).connect()
+        exchange.deadline = time.monotonic() - 5
+        assert exchange.receive() == Absent()
+
+
+def test_time_that_connecting_took_is_not_there_for_the_reply() -> None:
+    """The deadline is for the whole exchange."""
+    with black_hole() as address:
+        node = new_node(address)
+        exchange = node.send(Get("k", LIMIT), time.monotonic() + 0.3)
+        with held(0.29, 0.5):
+            exchange.receive()
 
 
 # --- a node that answers wrongly -------------------------------------------------
@@ -198,7 +221,7 @@ def test_a_reply_that_does_not_fit_closes_the_connection(reply: bytes) -> None:
         with pytest.raises(NodeFault, match="grammar") as caught:
             get(node)
         assert not caught.value.refused
-        assert not node.has_idle()
+        assert not node._idle
 
 
 def test_a_reply_that_breaks_off() -> None:

@@ -23,7 +23,6 @@ SESSIONS: Final = {"sqlite": 1000, "postgresql": 300, "mysql": 300}
 PATIENT: Final = {
     "RESILIENT_SESSION_NODE_TIMEOUT": 10.0,
     "RESILIENT_SESSION_SQL_TIMEOUT": 10.0,
-    "RESILIENT_SESSION_REQUEST_BUDGET": 40.0,
 }
 
 #: For tests that fill the places for SQL.
@@ -226,7 +225,6 @@ def test_past_the_bound_a_request_waits_and_is_refused(
             assert answer.status == 503
             assert answer.retry_after is not None
             assert answer.set_cookie is None
-            # Less than the budget of the request, which is eight seconds.
             assert 0.4 < answer.seconds < 4
             assert statements.take()["SELECT", user.session_key] == 0
         assert user.sees() == {"_user_id": "7", "colour": "red"}

@@ -6,6 +6,7 @@ import pytest
 from flask import flash, session
 
 from apps import Site, Sites, key_of
+from builders import patient
 from flask_resilient_session import (
     ConfigurationError,
     SessionUnavailable,
@@ -92,7 +93,7 @@ def test_a_child_starts_with_places_of_its_own(site: Site) -> None:
         key_of(site.sid()),
         site.state.keys.of(site.app).keyring,
         site.state.settings.timing(3600),
-        site.state.clock.monotonic() + 20,
+        patient(),
     )
     for _ in range(site.state.settings.sql_concurrency):
         assert durable._places.acquire(blocking=False)

@@ -114,10 +114,10 @@ def _use_the_file(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA journal_mode = DELETE").close()
 
 
-def test_a_budget_that_is_used_up_asks_nothing(path: Path) -> None:
+def test_a_deadline_that_is_over_asks_nothing(path: Path) -> None:
     """Past its deadline a call fails at once and opens no file."""
     table = sqlite_table(path)
-    with pytest.raises(SqlUnavailable, match="no time left"):
+    with pytest.raises(SqlUnavailable, match="no time is left"):
         table.read(KEY, time.monotonic() - 0.001)
     assert not path.exists()
 

@@ -175,6 +175,8 @@ class Server:
 class Exchange:
     """One request to a server and its reply."""
 
+    connecting = False
+
     def __init__(self, node: FakeNode, request: Request, deadline: float) -> None:
         self.node = node
         self.request = request
@@ -284,10 +286,6 @@ class FakeNode:
 
     def drop_idle(self) -> None:
         """Nothing idles here."""
-
-    def has_idle(self) -> bool:
-        """Whether sending needs no connecting first."""
-        return bool(self._idle)
 
     def send(self, request: Request, deadline: float) -> Exchange:
         """Send a request."""

@@ -168,7 +168,7 @@ def repair_by_set(patch: Patch) -> None:
             data, exptime = self._homes._sealed(access, record, now_ms)
             request = self._homes.cluster.bury(access.session_key, data, exptime)
             self._homes.cluster.write(
-                [(name, request) for name in live.places], access.deadline
+                [(name, request) for name in live.places], access.patience
             )
 
     patch(Saver, "_keep_times", keep_times)

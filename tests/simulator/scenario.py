@@ -17,6 +17,7 @@ from flask_resilient_session.errors import SessionUnavailable
 from flask_resilient_session.events import Observer, logger
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
+from flask_resilient_session.patience import Patience
 from flask_resilient_session.reaper import Reaper, ReapOptions
 from flask_resilient_session.record import Hit, Record, Tombstone, same_state
 from flask_resilient_session.replication import (
@@ -46,7 +47,7 @@ USER = "_user_id"
 _KEYRING = keyring(SECRETS)
 _NODE_TIMEOUT = 0.25
 _LONGEST_PAUSE = 2.0
-_BUDGET = 10.0
+_PATIENCE = 10.0
 _SETTLE_TRIES = 8
 
 
@@ -125,7 +126,7 @@ class Worker:
             self.sql,
             breaker=new_breaker(),
             concurrency=None,
-            sql_timeout=0.5,
+            sql_timeout=_PATIENCE,
             user_key=USER,
             clock=clock,
             random=world.rng,
@@ -145,8 +146,8 @@ class Worker:
 
     def access(self, session_key: str) -> Access:
         """The terms of one request."""
-        deadline = self.clock.monotonic() + _BUDGET
-        return Access(session_key, self.keyring, self.timing, deadline)
+        patience = Patience(self.clock, _PATIENCE)
+        return Access(session_key, self.keyring, self.timing, patience)
 
     def homes_of(self, session_key: str) -> tuple[str, ...]:
         """The session's homes, as it is configured."""

@@ -11,7 +11,7 @@ from werkzeug.http import parse_cookie
 
 from served_app import SECONDS_HEADER, SILENT_HEADER
 
-#: Seconds for one answer; a worker's budget is a part of that.
+#: Seconds for one answer; a worker waits for a part of that.
 ANSWER: Final = 20.0
 
 
