@@ -86,6 +86,11 @@ class Mover:
             except SqlUnavailable as error:
                 raise self._steps.not_kept(old, error) from error
             if moved is not None:
+                # Others were told that what they changed meanwhile is kept: bringing it
+                # along is not given up for a request that has waited for SQL.
+                patience = old.patience.renewed()
+                old = replace(old, patience=patience)
+                new = replace(new, patience=patience)
                 late = self._exchange_homes(old, live, tombstone, new, moved, now_ms)
                 self._report_move(old, new, reason)
                 if reason == "moved" and late is not None:
@@ -163,6 +168,10 @@ class Mover:
             changed += sorted(refused - full)
             full |= refused
             if not changed:
+                break
+            if old.patience.is_over:
+                # Whatever is new there: the old id has to end.
+                self._homes.bury(old, tombstone, list(answers))
                 break
             places, late = self._look(old, tombstone, changed)
             found += late

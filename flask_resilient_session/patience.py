@@ -45,11 +45,16 @@ class Patience:
     :ivar left: seconds of them that are left; below 0 after a last wait.
     """
 
-    __slots__ = ("_clock", "left")
+    __slots__ = ("_clock", "_seconds", "left")
 
     def __init__(self, clock: Clock, seconds: float) -> None:
         self._clock = clock
+        self._seconds = seconds
         self.left = seconds
+
+    def renewed(self) -> Patience:
+        """As much once more, for what has to be done although the time is over."""
+        return Patience(self._clock, self._seconds)
 
     @property
     def is_over(self) -> bool:

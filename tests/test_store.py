@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -291,6 +292,26 @@ def test_a_move_carries_a_concurrent_write_over(site: Site) -> None:
     site.store.move(site.access(ALICE), live, new, encoded(page=9))
     assert site.seen(BOB) == {"page": 9, "cart": "full"}
     assert [content(copy) for copy in site.copies(BOB)] == [site.seen(BOB)] * 2
+    assert site.is_dead()
+
+
+def test_a_move_that_waited_for_sql_carries_over_all_the_same(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its time is over, and what others were told is kept comes along."""
+    site.create(ALICE, cart="empty")
+    old, live = site.access(ALICE), site.live(ALICE)
+    site.change(ALICE, cart="full")
+    real = site.store.durable.move
+
+    def slow(*args: Any) -> Any:
+        moved = real(*args)
+        old.patience.left = -1.0
+        return moved
+
+    monkeypatch.setattr(site.store.durable, "move", slow)
+    site.store.move(old, live, replace(site.access(BOB), patience=old.patience), {})
+    assert site.seen(BOB) == {"cart": "full"}
     assert site.is_dead()
 
 
