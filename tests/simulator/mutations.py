@@ -238,6 +238,21 @@ def missing_rows_not_doubted(patch: Patch) -> None:
 
 
 @_mutation("silent")
+def never_overdue(patch: Patch) -> None:
+    """A pair is believed however long it has not heard of SQL."""
+    patch(loading, "overdue", lambda *_: False)
+
+
+@_mutation("memory")
+def floor_forgotten(patch: Patch) -> None:
+    """A sync drops the markers and leaves the floor where it was."""
+    real = saving.drop_markers
+    patch(
+        saving, "drop_markers", lambda record: replace(real(record), floor=record.floor)
+    )
+
+
+@_mutation("silent")
 def visitors_never_overdue(patch: Patch) -> None:
     """A pair that was never synced is believed however long it has rested."""
     real = loading.overdue
