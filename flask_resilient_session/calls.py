@@ -15,9 +15,11 @@ from typing import Any, Final, TypeVar
 
 import sqlalchemy as sa
 
-from .connections import POOL_OVERFLOW, POOL_SIZE, POSTGRESQL, SQLITE, is_in_memory
+from .clock import Clock
+from .connections import POSTGRESQL, SQLITE, is_in_memory
 from .deadline import TimeLimit, TooLate, time_limit
 from .errors import SqlBusy, SqlUnavailable
+from .gate import Gate
 from .sql_errors import MIGRATE, explain, was_undone
 
 #: How often a statement is sent again that the database undid for the sake of another.
@@ -33,7 +35,8 @@ class Calls:
     :param new_engine: makes the engine; called on first use and in each process.
     :param create_table: create the table where it is missing.
     :param sql_timeout: longest wait for a lock, a connection or an answer, in seconds.
-    :param monotonic: the clock that deadlines are read on.
+    :param gate: has as many places as the engine has connections.
+    :param clock: the one that deadlines are read on.
     """
 
     def __init__(
@@ -43,13 +46,15 @@ class Calls:
         *,
         create_table: bool,
         sql_timeout: float,
-        monotonic: Callable[[], float],
+        gate: Gate,
+        clock: Clock,
     ) -> None:
         self.table = table
         self._new_engine = new_engine
         self._create_table = create_table
         self._sql_timeout = sql_timeout
-        self._monotonic = monotonic
+        self._gate = gate
+        self._clock = clock
         self._processes: dict[int, _Process] = {}
         _in_this_process.add(self)
 
@@ -66,37 +71,45 @@ class Calls:
         :param patient: no request waits: it may take until its deadline.
         :raises SqlUnavailable: SQL did not do it.
         """
-        remaining = deadline - self._monotonic()
+        with self._gate.place(self._remaining(deadline, patient)):
+            remaining = self._remaining(deadline, patient)
+            with time_limit(remaining) as limit:
+                return self._make(call, limit)
+
+    def _remaining(self, deadline: float, patient: bool) -> float:
+        remaining = deadline - self._clock.monotonic()
         if remaining <= 0:
             raise SqlBusy("no time is left to ask SQL")
-        if not patient:
-            remaining = min(remaining, self._sql_timeout)
-        with time_limit(remaining) as limit:
-            failed = deadlocks = 0
-            late = False
-            while True:
-                try:
-                    engine = self._ready_engine(remaining)
-                    result = self._once(engine, call, limit)
-                    self._here.has_answered = True
-                    return result
-                except sa.exc.TimeoutError as error:
-                    raise SqlBusy("every connection to SQL is in use") from error
-                except sa.exc.SQLAlchemyError as error:
-                    broken = getattr(error, "connection_invalidated", False)
-                    failed += broken
-                    undone = was_undone(error)
-                    deadlocks += undone
-                    if (
-                        (not broken or failed > 1)
-                        and (not undone or deadlocks > _MOST_DEADLOCKS)
-                    ) or not limit.remaining:
-                        failure = self._failed(error, limit)
-                        break
-                except (TooLate, OSError) as error:
-                    failure = _LATE if limit.hung_up else str(error)
-                    late = late or type(error) is TooLate
+        return remaining if patient else min(remaining, self._sql_timeout)
+
+    def _make(
+        self, call: Callable[[sa.Connection], _Result], limit: TimeLimit
+    ) -> _Result:
+        failed = deadlocks = 0
+        late = False
+        while True:
+            try:
+                engine = self._ready_engine(limit.remaining)
+                result = self._once(engine, call, limit)
+                self._here.has_answered = True
+                return result
+            except sa.exc.TimeoutError as error:
+                raise SqlBusy("every connection to SQL is in use") from error
+            except sa.exc.SQLAlchemyError as error:
+                broken = getattr(error, "connection_invalidated", False)
+                failed += broken
+                undone = was_undone(error)
+                deadlocks += undone
+                if (
+                    (not broken or failed > 1)
+                    and (not undone or deadlocks > _MOST_DEADLOCKS)
+                ) or not limit.remaining:
+                    failure = self._failed(error, limit)
                     break
+            except (TooLate, OSError) as error:
+                failure = _LATE if limit.hung_up else str(error)
+                late = type(error) is TooLate
+                break
         # Out here no driver's error hangs on to it: those quote the row.
         if (late or limit.hung_up) and not self._here.has_answered:
             # Connecting, and perhaps making the table, takes longer than any call.
@@ -109,11 +122,8 @@ class Calls:
         call: Callable[[sa.Connection], _Result],
         limit: TimeLimit,
     ) -> _Result:
-        if engine.dialect.name in SQLITE:
-            with engine.connect() as connection:
-                self._limit_lock_wait(connection, limit.remaining)
-                return call(connection)
-        with self._here.place(limit), engine.connect() as connection:
+        with engine.connect() as connection:
+            self._limit_lock_wait(connection, limit.remaining)
             return call(connection)
 
     def _failed(self, error: sa.exc.SQLAlchemyError, limit: TimeLimit) -> str:
@@ -258,17 +268,6 @@ class _Process:
         self.engine: sa.Engine | None = None
         self.table_is_there = False
         self.has_answered = False
-        self._places = threading.BoundedSemaphore(POOL_SIZE + POOL_OVERFLOW)
-
-    @contextlib.contextmanager
-    def place(self, limit: TimeLimit) -> Iterator[None]:
-        """One of the pool's connections, waited for no longer than there is time."""
-        if not self._places.acquire(timeout=limit.remaining):
-            raise SqlBusy("every connection to SQL is in use")
-        try:
-            yield
-        finally:
-            self._places.release()
 
 
 _NOTHING: Final = contextlib.nullcontext()

@@ -21,10 +21,6 @@ from .deadline import connect_within, current_limit, original
 from .errors import SetupError
 from .events import logger
 
-#: Connections that stay open, and how many more may be opened under load.
-POOL_SIZE: Final = 5
-POOL_OVERFLOW: Final = 15
-
 #: The names of SQLAlchemy's dialects.
 POSTGRESQL: Final = frozenset({"postgresql"})
 MYSQL: Final = frozenset({"mysql", "mariadb"})
@@ -69,7 +65,7 @@ def is_in_memory(url: sa.URL) -> bool:
     )
 
 
-def own_engine(engine: sa.Engine, sql_timeout: float) -> sa.Engine:
+def own_engine(engine: sa.Engine, sql_timeout: float, size: int) -> sa.Engine:
     """An engine on the same database as another, with connections of its own.
 
     In-memory SQLite has no second connection to the same database: sessions get a
@@ -77,26 +73,27 @@ def own_engine(engine: sa.Engine, sql_timeout: float) -> sa.Engine:
 
     :param engine: the application's.
     :param sql_timeout: longest wait for a lock or a connection, in seconds.
+    :param size: the most connections.
     :raises SetupError: it is a database that sessions cannot be kept in.
     """
     if engine.dialect.name not in SQLITE:
-        return _server_engine(engine, sql_timeout)
+        return _server_engine(engine, sql_timeout, size)
     if is_in_memory(engine.url):
-        return plain_engine(sa.make_url("sqlite://"), sql_timeout)
-    return _sqlite_engine(engine.url, sql_timeout, like=engine)
+        return plain_engine(sa.make_url("sqlite://"), sql_timeout, size)
+    return _sqlite_engine(engine.url, sql_timeout, size, like=engine)
 
 
-def plain_engine(url: sa.URL, sql_timeout: float) -> sa.Engine:
+def plain_engine(url: sa.URL, sql_timeout: float, size: int) -> sa.Engine:
     """An engine on a database that the application has no engine for."""
     if url.get_backend_name() in SQLITE:
-        return _sqlite_engine(url, sql_timeout)
+        return _sqlite_engine(url, sql_timeout, size)
     timeout = _CONNECT_TIMEOUT.get(url.get_driver_name(), {})
     connecting = sa.create_engine(url, connect_args=timeout, poolclass=sa.NullPool)
-    return _server_engine(connecting, sql_timeout)
+    return _server_engine(connecting, sql_timeout, size)
 
 
 def _sqlite_engine(
-    url: sa.URL, sql_timeout: float, like: sa.Engine | None = None
+    url: sa.URL, sql_timeout: float, size: int, like: sa.Engine | None = None
 ) -> sa.Engine:
     """An engine on SQLite, which connects like another one where there is one."""
     alone = is_in_memory(url)
@@ -117,8 +114,8 @@ def _sqlite_engine(
     return sa.create_engine(
         url,
         poolclass=sa.QueuePool,
-        pool_size=1 if alone else POOL_SIZE,
-        max_overflow=0 if alone else POOL_OVERFLOW,
+        pool_size=1 if alone else size,
+        max_overflow=0,
         pool_timeout=sql_timeout,
         pool_use_lifo=True,
         creator=connect,
@@ -127,7 +124,7 @@ def _sqlite_engine(
     )
 
 
-def _server_engine(like: sa.Engine, sql_timeout: float) -> sa.Engine:
+def _server_engine(like: sa.Engine, sql_timeout: float, size: int) -> sa.Engine:
     """An engine on PostgreSQL or MariaDB that connects like another one."""
     dialect = like.dialect
     if dialect.name not in POSTGRESQL | MYSQL:
@@ -159,8 +156,8 @@ def _server_engine(like: sa.Engine, sql_timeout: float) -> sa.Engine:
         like.url,
         creator=connect,
         poolclass=sa.QueuePool,
-        pool_size=POOL_SIZE,
-        max_overflow=POOL_OVERFLOW,
+        pool_size=size,
+        max_overflow=0,
         pool_timeout=sql_timeout,
         pool_use_lifo=True,
         pool_recycle=_RECYCLE,

@@ -1,7 +1,7 @@
 """The durable copy as the protocol sees it: records in, answers out.
 
-Between the store's records and SQL's rows: seals and versions, a breaker, and a
-bound on how many requests may ask SQL at once.
+Between the store's records and SQL's rows: seals and versions, a breaker, and a turn
+at the gate of those who ask SQL.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random as random_module
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol, TypeVar
 
@@ -21,6 +20,7 @@ from .codec import decode_value
 from .envelope import CorruptBytes, Keyring, UnknownFormat
 from .errors import SqlBusy, SqlUnavailable
 from .events import Observer, logger, short
+from .gate import Gate
 from .health import Breaker
 from .patience import Patience
 from .record import EndReason, Record, Tombstone
@@ -75,7 +75,7 @@ class SqlLike(Protocol):
 class Durable:
     """Reads and writes the rows of sessions.
 
-    :param concurrency: reads at once; None for no bound but the pool's.
+    :param gate: how many ask SQL at once, and who is next.
     :param user_key: the session key that holds the user.
     """
 
@@ -84,7 +84,7 @@ class Durable:
         sql: SqlLike,
         *,
         breaker: Breaker,
-        concurrency: int | None,
+        gate: Gate,
         sql_timeout: float,
         user_key: str,
         clock: Clock,
@@ -93,10 +93,7 @@ class Durable:
     ) -> None:
         self._sql = sql
         self._breaker = breaker
-        self._concurrency = concurrency
-        self._places = (
-            None if concurrency is None else threading.BoundedSemaphore(concurrency)
-        )
+        self._gate = gate
         self._sql_timeout = sql_timeout
         self._debts: deque[Row] = deque(maxlen=_MOST_DEBTS)
         self._user_key = user_key
@@ -107,11 +104,11 @@ class Durable:
     def read(self, access: Access) -> RowAnswer:
         """What SQL says about a session; silence is an answer, not an error."""
         try:
-            with self._place(access.patience):
-                row = self._guarded(
-                    lambda until: self._sql.read(access.session_key, until),
-                    access.patience,
-                )
+            row = self._ask(
+                lambda until: self._sql.read(access.session_key, until),
+                access.patience,
+                writes=False,
+            )
         except SqlUnavailable as error:
             return silence(error)
         return RowMissing() if row is None else self.open_row(row, access.keyring)
@@ -147,10 +144,11 @@ class Durable:
         """
         synced = self._synced(record, _FIRST_VERSION)
         row = self._row(access, synced)
-        with self._spare_place(can_wait):
-            inserted = self._guarded(
-                lambda until: self._sql.insert(row, until), access.patience
-            )
+        inserted = self._ask(
+            lambda until: self._sql.insert(row, until),
+            access.patience,
+            can_wait=can_wait,
+        )
         return self._counted(synced) if inserted else None
 
     def update(
@@ -166,10 +164,11 @@ class Durable:
         seen = record.row_version
         synced = self._synced(record, seen + 1)
         row = self._row(access, synced)
-        with self._spare_place(can_wait):
-            updated = self._guarded(
-                lambda until: self._sql.update(row, seen, until), access.patience
-            )
+        updated = self._ask(
+            lambda until: self._sql.update(row, seen, until),
+            access.patience,
+            can_wait=can_wait,
+        )
         return self._counted(synced) if updated else None
 
     def bury(self, access: Access, tombstone: Tombstone, record: Record | None) -> None:
@@ -180,7 +179,7 @@ class Durable:
         """
         row = self._tombstone_row(access, tombstone, record)
         has_row = record is None or not record.never_synced
-        self._guarded(
+        self._ask(
             lambda until: self._sql.bury(row, until, has_row=has_row),
             access.patience,
         )
@@ -211,7 +210,7 @@ class Durable:
         tombstone_row = self._tombstone_row(old, tombstone, old_record)
         new_row = self._row(new, synced)
         seen = None if old_record.never_synced else old_record.row_version
-        moved = self._guarded(
+        moved = self._ask(
             lambda until: self._sql.move(
                 tombstone_row, new_row, until, seen_version=seen
             ),
@@ -220,10 +219,9 @@ class Durable:
         return self._counted(synced) if moved else None
 
     def renew(self) -> None:
-        """Start anew in a forked child: its parent's places and locks stay taken."""
+        """Start anew in a forked child."""
         self._breaker.renew()
-        if self._concurrency is not None:
-            self._places = threading.BoundedSemaphore(self._concurrency)
+        self._gate.renew()
 
     def _counted(self, record: Record) -> Record:
         self._observer.count("synced")
@@ -273,40 +271,34 @@ class Durable:
             return None
         return user_id_column(decode_value(entry.value))
 
-    @contextlib.contextmanager
-    def _place(self, patience: Patience) -> Iterator[None]:
-        """One of the places for reads, waited for a bounded time."""
-        with contextlib.ExitStack() as stack:
-            with patience.waiting(self._sql_timeout):
-                wait = max(min(self._sql_timeout, patience.left), 0)
-                stack.enter_context(self._taken(wait))
-            yield
-
-    def _spare_place(self, can_wait: bool) -> contextlib.AbstractContextManager[None]:
-        """A place that nobody else wants, for what can wait; none for the rest."""
-        return self._taken(0) if can_wait else contextlib.nullcontext()
-
-    @contextlib.contextmanager
-    def _taken(self, wait: float) -> Iterator[None]:
-        if self._places is None:
-            yield
-            return
-        if not self._places.acquire(timeout=wait):
-            raise SqlBusy("too many requests are asking SQL already")
-        try:
-            yield
-        finally:
-            self._places.release()
-
-    def _guarded(self, call: Callable[[float], _Result], patience: Patience) -> _Result:
-        """Make a call; SQL's time begins now.
+    def _ask(
+        self,
+        call: Callable[[float], _Result],
+        patience: Patience,
+        *,
+        writes: bool = True,
+        can_wait: bool = False,
+    ) -> _Result:
+        """Make a call when its turn has come; SQL's own time begins then.
 
         :param call: is given a monotonic deadline.
+        :param writes: it goes before those who read.
+        :param can_wait: make it only where nobody else wants the place.
         """
-        given = min(self._sql_timeout, patience.left)
-        if given <= 0:
+        wait = min(self._sql_timeout, patience.left)
+        if wait <= 0:
             # Not SQL's fault, so that its breaker does not hear of it.
             raise SqlBusy("this request has waited for too long to ask SQL as well")
+        place = self._gate.place(0 if can_wait else wait, writes=writes)
+        with contextlib.ExitStack() as stack:
+            with patience.waiting(self._sql_timeout):
+                stack.enter_context(place)
+            return self._guarded(call, patience)
+
+    def _guarded(self, call: Callable[[float], _Result], patience: Patience) -> _Result:
+        given = min(self._sql_timeout, patience.left)
+        if given <= 0:
+            raise SqlBusy("this request's time was over when its turn at SQL came")
         began = self._clock.monotonic()
         if not self._breaker.admits(began):
             raise SqlUnavailable("SQL is skipped for a while after failures")

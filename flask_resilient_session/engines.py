@@ -48,22 +48,25 @@ def app_engine(app: Flask, db: SQLAlchemy, settings: Settings) -> sa.Engine:
                 f"RESILIENT_SESSION_BIND_KEY = {settings.bind_key!r} is not among the"
                 f" binds of SQLALCHEMY_BINDS: {sorted(filter(None, engines))}."
             )
-        return own_engine(engines[settings.bind_key], settings.sql_timeout)
+        return own_engine(
+            engines[settings.bind_key], settings.sql_timeout, settings.sql_concurrency
+        )
 
 
-def default_engine(app: Flask, sql_timeout: float) -> sa.Engine:
+def default_engine(app: Flask, settings: Settings) -> sa.Engine:
     """Connections to ``SQLALCHEMY_DATABASE_URI``, or to a file of our own.
 
     For applications without Flask-SQLAlchemy; nothing is registered with them.
     """
     uri = app.config.get("SQLALCHEMY_DATABASE_URI")
+    terms = settings.sql_timeout, settings.sql_concurrency
     if uri:
         url = sa.make_url(uri)
         if url.get_backend_name() == "sqlite" and url.database not in (None, ""):
             url = url.set(database=_in_instance_folder(app, str(url.database)))
-        return plain_engine(url, sql_timeout)
+        return plain_engine(url, *terms)
     path = _in_instance_folder(app, _DEFAULT_FILE)
-    engine = plain_engine(sa.URL.create("sqlite", database=path), sql_timeout)
+    engine = plain_engine(sa.URL.create("sqlite", database=path), *terms)
     # The file is ours alone: readers need not wait for writers. A commit need not wait
     # for the disk: it outlives the process, and after a power cut the file is whole,
     # though the last moments before may be missing.

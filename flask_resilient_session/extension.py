@@ -27,6 +27,7 @@ from .durable import Durable
 from .engines import app_engine, default_engine, table_for
 from .errors import ConfigurationError, SessionUnavailable, SetupError
 from .events import Observer, Stats, logger, short
+from .gate import Gate
 from .health import Breaker
 from .homes import Homes
 from .inspection import SessionInspection, inspect_session
@@ -273,18 +274,20 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         random=chance,
         observer=observer,
     )
+    gate = Gate(settings.sql_concurrency, clock)
     calls = Calls(
         table_for(db, settings),
         lambda: _new_engine(app, settings),
         create_table=settings.create_table,
         sql_timeout=settings.sql_timeout,
-        monotonic=clock.monotonic,
+        gate=gate,
+        clock=clock,
     )
     sql = SqlTable(calls)
     durable = Durable(
         sql,
         breaker=new_breaker(),
-        concurrency=settings.sql_concurrency if settings.nodes else None,
+        gate=gate,
         sql_timeout=settings.sql_timeout,
         user_key=settings.user_key,
         clock=clock,
@@ -312,7 +315,7 @@ def _new_engine(app: Flask, settings: Settings) -> Any:
             " Flask-SQLAlchemy, and this application has no Flask-SQLAlchemy."
         )
     if db is None:
-        return default_engine(app, settings.sql_timeout)
+        return default_engine(app, settings)
     return app_engine(app, db, settings)
 
 

@@ -365,8 +365,10 @@ class SqlNeed(enum.Enum):
     """Whether a save writes SQL."""
 
     NONE = "none"
-    #: Put off where SQL cannot take it.
+    #: Put off where SQL cannot take it at once.
     DUE = "due"
+    #: Waits its turn as any change does; put off where SQL does not answer.
+    LATE = "late"
     #: Nothing is acknowledged without it.
     REQUIRED = "required"
 
@@ -393,19 +395,23 @@ def sql_need(
     if changed and (live.standing is not Standing.AGREED or homes < PAIR):
         return SqlNeed.REQUIRED
     record = live.record
-    if record.never_synced:
-        # Its cookie came back, so it is worth a row.
-        return SqlNeed.DUE
-    if (
-        changed
-        and timing.sync_writes is not None
-        and record.writes + 1 >= timing.sync_writes
-    ):
-        return SqlNeed.DUE
     if (timing.sync_ms == 0 or homes < PAIR) and (changed or record.writes > 0):
-        return SqlNeed.DUE
-    since_ms = now_ms - record.synced_ms
-    due = since_ms >= timing.slack_ms or since_ms < -CLOCKS_APART_MS
+        return SqlNeed.LATE
+    # Its cookie came back, so that one which never had a row is worth it.
+    synced_ms = record.created_ms if record.never_synced else record.synced_ms
+    since_ms = now_ms - synced_ms
+    if since_ms >= 2 * timing.slack_ms:
+        return SqlNeed.LATE
+    due = (
+        record.never_synced
+        or since_ms >= timing.slack_ms
+        or since_ms < -CLOCKS_APART_MS
+        or (
+            changed
+            and timing.sync_writes is not None
+            and record.writes + 1 >= timing.sync_writes
+        )
+    )
     return SqlNeed.DUE if due else SqlNeed.NONE
 
 

@@ -25,6 +25,7 @@ from flask_resilient_session.durable import Durable
 from flask_resilient_session.envelope import Keyring
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.events import Observer
+from flask_resilient_session.gate import Gate
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.node import Node
@@ -53,6 +54,9 @@ DAY = 24 * HOUR
 #: The homes' names in tests that have no ring.
 FIRST_HOME, SECOND_HOME = "first_home", "second_home"
 PAIR = (FIRST_HOME, SECOND_HOME)
+
+#: Connections to SQL.
+PLACES = 8
 
 #: Names of sessions.
 ALICE, BOB = "alice", "bob"
@@ -101,6 +105,11 @@ def soon(seconds: float = 30.0) -> float:
 def patient(seconds: float = 30.0) -> Patience:
     """Patience that no healthy exchange tries."""
     return Patience(SystemClock(), seconds)
+
+
+def some_gate(places: int = PLACES) -> Gate:
+    """A gate of so many places."""
+    return Gate(places, SystemClock())
 
 
 def row(key: str, **fields: Any) -> Row:
@@ -218,12 +227,15 @@ def sqlite_table(path: Path | str, **changes: Any) -> SqlTable:
     usual: dict[str, Any] = {
         "create_table": True,
         "sql_timeout": 5.0,
-        "monotonic": SystemClock().monotonic,
+        "gate": some_gate(),
+        "clock": SystemClock(),
     }
     url = sa.make_url(f"sqlite:///{path}")
     table = define_table(sa.MetaData(), "flask_resilient_session", None)
     timeout = changes.get("sql_timeout", 5.0)
-    calls = Calls(table, lambda: plain_engine(url, timeout), **(usual | changes))
+    calls = Calls(
+        table, lambda: plain_engine(url, timeout, PLACES), **(usual | changes)
+    )
     return SqlTable(calls)
 
 
@@ -386,7 +398,7 @@ def make_site(servers: Sequence[Memcached], path: Path, **changes: Any) -> Site:
     durable = Durable(
         sql,
         breaker=patient_breaker(),
-        concurrency=None,
+        gate=some_gate(),
         sql_timeout=5.0,
         user_key="_user_id",
         **common,

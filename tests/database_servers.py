@@ -35,6 +35,7 @@ import pymysql
 import pytest
 import sqlalchemy as sa
 
+from builders import PLACES, some_gate
 from flask_resilient_session.calls import Calls
 from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.connections import own_engine, plain_engine
@@ -70,16 +71,17 @@ def server_table(
     usual: dict[str, Any] = {
         "create_table": True,
         "sql_timeout": 5.0,
-        "monotonic": SystemClock().monotonic,
+        "gate": some_gate(),
+        "clock": SystemClock(),
     }
     settings = usual | changes
     timeout = settings["sql_timeout"]
 
     def new_engine() -> sa.Engine:
         if like is not None:
-            return own_engine(like, timeout)
+            return own_engine(like, timeout, PLACES)
         assert url is not None
-        return plain_engine(url, timeout)
+        return plain_engine(url, timeout, PLACES)
 
     if server is not None:
         url = server.url

@@ -237,6 +237,20 @@ class ServerTable(LabDatabase):
         self._holder.close()
         self._holder = None
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Another client locks the table, and lets those who wait for it go on."""
+        with self._engine.connect() as holder:
+            for statement in self._locking(readable=False):
+                holder.exec_driver_sql(statement)
+            yield
+            holder.exec_driver_sql(self._unlocking)
+
+    def connections(self) -> int:
+        """How many the server has, all clients' together."""
+        with self._engine.connect() as connection:
+            return int(connection.exec_driver_sql(self._counting).scalar_one())
+
     def saved(self) -> Rows:
         """A copy of the rows."""
         with self._engine.connect() as connection:
@@ -259,6 +273,7 @@ class ServerTable(LabDatabase):
         self.table.drop(self._engine)
 
     _unlocking: str
+    _counting: str
 
     @abstractmethod
     def _locking(self, readable: bool) -> Sequence[str]:
@@ -273,6 +288,9 @@ class PostgresqlTable(ServerTable):
     """A table on PostgreSQL."""
 
     _unlocking = "ROLLBACK"
+    _counting = (
+        "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+    )
 
     def _locking(self, readable: bool) -> Sequence[str]:
         mode = "EXCLUSIVE" if readable else "ACCESS EXCLUSIVE"
@@ -291,6 +309,9 @@ class MariadbTable(ServerTable):
     """A table on MariaDB."""
 
     _unlocking = "UNLOCK TABLES"
+    _counting = (
+        "SELECT count(*) FROM information_schema.processlist WHERE command <> 'Daemon'"
+    )
 
     def _locking(self, readable: bool) -> Sequence[str]:
         return (f"LOCK TABLES {self.table.name} {'READ' if readable else 'WRITE'}",)

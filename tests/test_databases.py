@@ -401,6 +401,39 @@ def test_a_restart_in_mid_traffic(hasty: DatabaseLab) -> None:
         assert acknowledged <= found <= acknowledged + lost
 
 
+@pytest.mark.parametrize("places", [1, 3])
+def test_sql_concurrency_is_the_number_of_connections(
+    nodes: list[Memcached], table: ServerTable, places: int
+) -> None:
+    """However many requests need SQL at once; each of them has its turn."""
+    config = {
+        "RESILIENT_SESSION_SQL_CONCURRENCY": places,
+        "RESILIENT_SESSION_SQL_TIMEOUT": 20.0,
+    }
+    with opened(DatabaseLab(nodes, table, **config)) as lab:
+        users = [lab.member() for _ in range(50)]
+        for node in nodes:
+            node.flush()
+        lab.worker.state.sql.dispose()
+        gate = lab.worker.state.store.durable._gate
+        answers: list[Answer] = []
+        threads = [
+            threading.Thread(target=lambda user=user: answers.append(user.does(dict)))
+            for user in users
+        ]
+        with table.held():
+            before = table.connections()
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: gate.waiting == 50 - places, 20.0, "the others to wait")
+            wait_until(lambda: table.connections() == before + places, 20.0)
+        most = 0
+        while any(thread.is_alive() for thread in threads):
+            most = max(most, table.connections() - before)
+        assert most <= places
+        assert [answer.status for answer in answers] == [200] * 50
+
+
 def test_a_reaper_whose_database_goes_away(hasty: DatabaseLab) -> None:
     """The pass ends with a report and deletes nothing more; the next one does all."""
     for _ in range(3):

@@ -40,6 +40,7 @@ LEVELS = {
     "rows": 1,
     "sql_errors": 1,
     "patience": 1,
+    "gate": 2,
     "deadline": 1,
     "connections": 2,
     "calls": 3,

@@ -34,10 +34,12 @@ class Statements:
     """The SQL statements of one worker, by session.
 
     :ivar hold: while this is set, statements for these sessions wait.
+    :ivar verbs: of all statements, in order.
     """
 
     def __init__(self, worker: Worker) -> None:
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.verbs: list[str] = []
         self.by_key_only = True
         self._lock = threading.Lock()
         self._held: set[str] = set()
@@ -75,6 +77,7 @@ class Statements:
         if not keys:
             return
         with self._lock:
+            self.verbs.append(verb)
             self.counts[verb, keys[0]] += 1
             if verb == "SELECT" and self._by_primary_key not in statement:
                 self.by_key_only = False
@@ -249,6 +252,77 @@ def test_past_the_bound_a_due_sync_is_put_off(
             assert lab.row(user)["colour"] == "red"
         reads(user)
         assert lab.row(user)["colour"] == "green"
+
+
+@only_sqlite
+@pytest.mark.parametrize(
+    ("interval", "after"), [(N, 2 * N + 1), (0, 0)], ids=["late", "every change"]
+)
+def test_past_the_bound_a_late_sync_waits_its_turn(
+    interval: int,
+    after: int,
+    three_nodes: list[Memcached],
+    lab_database: LabDatabase,
+) -> None:
+    """One that is late by another interval is not put off for ever by a crowd."""
+    config = {**FEW_PLACES, "RESILIENT_SESSION_SQL_TIMEOUT": PATIENCE}
+    config["RESILIENT_SESSION_SYNC_INTERVAL"] = interval
+    with new_lab(three_nodes, lab_database, **config) as lab:
+        user = lab.member(colour="red")
+        statements = Statements(lab.worker)
+        gate = lab.worker.state.store.durable._gate
+        with places_taken(lab, statements):
+            lab.pass_time(after)
+            change = lab.start(lambda: user.changes(colour="blue"))
+            wait_until(lambda: gate.waiting == 1, PATIENCE, "the sync to wait")
+            assert lab.row(user)["colour"] == "red"
+        assert change.result(PATIENCE).status == 200
+        assert lab.row(user)["colour"] == "blue"
+        assert lab.worker.stats["syncs_put_off"] == 0
+
+
+@only_sqlite
+def test_a_login_is_not_kept_waiting_by_reads(
+    three_nodes: list[Memcached], lab_database: LabDatabase
+) -> None:
+    """Of fifty reads that wait for SQL none is served before it."""
+    config = {
+        "RESILIENT_SESSION_SQL_CONCURRENCY": 1,
+        "RESILIENT_SESSION_SQL_TIMEOUT": PATIENCE,
+    }
+    with new_lab(three_nodes, lab_database, **config) as lab:
+        first, *readers = [lab.member() for _ in range(51)]
+        visitor = lab.visitor()
+        for user in (first, *readers):
+            lab.evict(user, FIRST)
+        statements = Statements(lab.worker)
+        gate = lab.worker.state.store.durable._gate
+        answers: list[Answer] = []
+        threads = [
+            threading.Thread(target=lambda user=user: answers.append(reads(user)))
+            for user in readers
+        ]
+        with statements.holding(first):
+            held = lab.start(lambda: reads(first))
+            wait_until(lambda: statements.held == 1, PATIENCE, "the place to be taken")
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: gate.waiting == 50, PATIENCE, "the reads to wait")
+            login = threading.Thread(
+                target=lambda: answers.append(visitor.logs_in("9"))
+            )
+            threads.append(login)
+            login.start()
+            wait_until(lambda: gate.waiting == 51, PATIENCE, "the login to wait")
+            statements.verbs.clear()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert held.result(PATIENCE).status == 200
+        assert {answer.status for answer in answers} == {200}
+        assert len(answers) == 51
+        # The first of all statements is the login's.
+        assert statements.verbs[0] == "INSERT"
+        assert set(statements.verbs[2:]) == {"SELECT"}
 
 
 @only_sqlite

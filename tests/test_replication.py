@@ -234,8 +234,9 @@ def live(standing: Standing = Standing.AGREED, **fields: int | bool) -> Live:
     return Live(replace(SAME, **fields), standing)  # type: ignore[arg-type]
 
 
-NONE, DUE, REQUIRED = SqlNeed.NONE, SqlNeed.DUE, SqlNeed.REQUIRED
+NONE, DUE, LATE, REQUIRED = SqlNeed
 FRESH = live()
+OLD_VISITOR = live(never_synced=True, created_ms=NOW - 120 * SECOND)
 STALE = live(synced_ms=NOW - 60 * SECOND)
 NEEDS = [
     # (live, changed, required, homes, changes of the timing, need)
@@ -244,8 +245,11 @@ NEEDS = [
     (FRESH, False, True, 2, {}, REQUIRED),
     (STALE, False, False, 2, {}, DUE),
     (STALE, True, False, 2, {}, DUE),
+    (live(synced_ms=NOW - 120 * SECOND), False, False, 2, {}, LATE),
+    (live(synced_ms=NOW - 120 * SECOND), True, False, 2, {}, LATE),
     (live(synced_ms=NOW - 60 * SECOND + 1), True, False, 2, {}, NONE),
     (live(never_synced=True), False, False, 2, {}, DUE),
+    (OLD_VISITOR, False, False, 2, {}, LATE),
     (live(Standing.CONFIRMED), True, False, 2, {}, REQUIRED),
     (live(Standing.CONFIRMED), False, False, 2, {}, NONE),
     (live(Standing.UNVERIFIED), True, False, 2, {}, NONE),
@@ -255,11 +259,11 @@ NEEDS = [
     (FRESH, True, False, 0, {}, REQUIRED),
     (FRESH, False, False, 1, {}, NONE),
     (STALE, False, False, 1, {}, DUE),
-    (FRESH, True, False, 2, {"sync_ms": 0}, DUE),
+    (FRESH, True, False, 2, {"sync_ms": 0}, LATE),
     (FRESH, False, False, 2, {"sync_ms": 0}, NONE),
     (STALE, False, False, 2, {"sync_ms": 0}, DUE),
-    (live(writes=1), False, False, 2, {"sync_ms": 0}, DUE),
-    (live(writes=1), False, False, 1, {}, DUE),
+    (live(writes=1), False, False, 2, {"sync_ms": 0}, LATE),
+    (live(writes=1), False, False, 1, {}, LATE),
     (live(writes=1), False, False, 2, {}, NONE),
     (live(writes=3), True, False, 2, {"sync_writes": 5}, NONE),
     (live(writes=4), True, False, 2, {"sync_writes": 5}, DUE),

@@ -89,15 +89,19 @@ def test_what_cannot_be_carried_over_does_not_cost_the_session(
 def test_a_child_starts_with_places_of_its_own(site: Site) -> None:
     """What its parent's threads held at the fork is not held there for ever."""
     durable = site.state.store.durable
+    gate = durable._gate
     access = Access(
         key_of(site.sid()),
         site.state.keys.of(site.app).keyring,
         site.state.settings.timing(3600),
         patient(),
     )
-    for _ in range(site.state.settings.sql_concurrency):
-        assert durable._places.acquire(blocking=False)
+    assert gate.places == site.state.settings.sql_concurrency
+    for _ in range(gate.places):
+        gate._enter(0, gate._readers)
     assert in_child(lambda: isinstance(durable.read(access), RowLive))
+    for _ in range(gate.places):
+        gate._leave()
 
 
 def test_an_end_with_a_farewell_is_an_end(site: Site) -> None:

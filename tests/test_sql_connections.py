@@ -16,13 +16,16 @@ from sqlalchemy.dialects import mysql, postgresql
 from sqlalchemy.schema import CreateTable
 
 from builders import (
+    PLACES,
     row,
     session_key,
+    some_gate,
     soon,
     sqlite_table,
     tombstone_row,
 )
 from flask_resilient_session.calls import Calls
+from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.connections import is_in_memory, own_engine, plain_engine
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.rows import define_table
@@ -247,10 +250,11 @@ def test_the_applications_transaction_is_left_alone(path: Path) -> None:
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     calls = Calls(
         define_table(sa.MetaData(), NAME, None),
-        lambda: own_engine(app, 0.2),
+        lambda: own_engine(app, 0.2, PLACES),
         create_table=True,
         sql_timeout=0.2,
-        monotonic=time.monotonic,
+        gate=some_gate(),
+        clock=SystemClock(),
     )
     table = SqlTable(calls)
     table.insert(row(KEY), soon())
@@ -273,7 +277,7 @@ def test_in_memory_sessions_are_apart_from_the_application() -> None:
         connection.exec_driver_sql("CREATE TABLE cart (item TEXT)")
         connection.commit()
         connection.exec_driver_sql("INSERT INTO cart VALUES ('unpaid')")
-        own = own_engine(app, 1.0)
+        own = own_engine(app, 1.0, PLACES)
         with own.connect() as ours:
             assert not sa.inspect(ours).has_table("cart")
         connection.rollback()
@@ -285,7 +289,7 @@ def test_in_memory_sessions_are_apart_from_the_application() -> None:
 def test_our_connections_are_made_the_applications_way(path: Path) -> None:
     """What the application's engine does on connecting is done for ours too."""
     app = sa.create_engine(f"sqlite:///{path}", creator=lambda: sqlite3.connect(path))
-    own = own_engine(app, 1.0)
+    own = own_engine(app, 1.0, PLACES)
     with own.connect() as connection:
         connection.exec_driver_sql("CREATE TABLE seen (x)")
     assert sa.inspect(app).has_table("seen")
@@ -316,4 +320,4 @@ def test_a_child_starts_with_an_empty_database_in_memory() -> None:
 
 def test_a_plain_engine_hides_parameters() -> None:
     """Nor does an error that SQLAlchemy words itself show any."""
-    assert plain_engine(sa.make_url("sqlite://"), 1.0).hide_parameters
+    assert plain_engine(sa.make_url("sqlite://"), 1.0, PLACES).hide_parameters

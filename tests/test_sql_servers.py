@@ -18,7 +18,7 @@ import pymysql
 import pytest
 import sqlalchemy as sa
 
-from builders import row, session_key, soon, tombstone_row
+from builders import PLACES, row, session_key, soon, tombstone_row
 from database_servers import (
     PASSWORD,
     DatabaseServer,
@@ -26,11 +26,7 @@ from database_servers import (
     server_table,
 )
 from flask_resilient_session import deadline as deadlines
-from flask_resilient_session.connections import (
-    POOL_OVERFLOW,
-    POOL_SIZE,
-    own_engine,
-)
+from flask_resilient_session.connections import own_engine
 from flask_resilient_session.errors import SetupError, SqlBusy, SqlUnavailable
 from flask_resilient_session.sql import SqlTable
 from misbehaving import in_child, run_together
@@ -140,7 +136,6 @@ def test_the_reaper_is_more_patient(
 
 def test_no_connection_is_free(database: DatabaseServer, table: SqlTable) -> None:
     """When all are in use the next call waits no longer than it may."""
-    places = POOL_SIZE + POOL_OVERFLOW
     slow = server_table(database, name=table.table.name, sql_timeout=20.0)
     slow.read(KEY, soon())
     update = partial(slow.update, row(KEY, version=2), 1)
@@ -148,16 +143,16 @@ def test_no_connection_is_free(database: DatabaseServer, table: SqlTable) -> Non
     with locked(database, table):
         threads = [
             threading.Thread(target=lambda: results.append(update(soon())))
-            for _ in range(places)
+            for _ in range(PLACES)
         ]
         for thread in threads:
             thread.start()
-        wait_until(lambda: slow.engine.pool.checkedout() == places, 20.0)
+        wait_until(lambda: slow.engine.pool.checkedout() == PLACES, 20.0)
         text = fails(lambda until: slow.read(KEY, until))
-        assert "every connection" in text
+        assert "too many requests" in text
     for thread in threads:
         thread.join(30)
-    assert sorted(results) == [False] * (places - 1) + [True]
+    assert sorted(results) == [False] * (PLACES - 1) + [True]
     slow.dispose()
 
 
@@ -204,7 +199,7 @@ def test_a_frozen_server_and_many_requests(
     database.freeze()
     started = time.monotonic()
     job = partial(table.read, KEY, soon(PATIENCE))
-    failures = run_together(*[job] * (POOL_SIZE + POOL_OVERFLOW + 5))
+    failures = run_together(*[job] * (PLACES + 5))
     assert time.monotonic() - started < PATIENCE + SLACK
     # Those that got no connection know that it may not be the server's fault.
     assert {type(failure) for failure in failures} <= {SqlUnavailable, SqlBusy}
@@ -262,7 +257,7 @@ def test_a_restart_is_not_noticed(
     database: DatabaseServer, table: SqlTable, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Connections that the restart closed are replaced before anything is sent."""
-    run_together(*[partial(table.read, KEY, soon())] * POOL_SIZE)
+    run_together(*[partial(table.read, KEY, soon())] * PLACES)
     sent: list[str] = []
     sa.event.listen(
         table.engine,
@@ -478,7 +473,7 @@ def test_other_databases_are_refused() -> None:
     """A database that the statements were not made for is named, with a way out."""
     oracle = sa.create_mock_engine("oracle+oracledb://x", lambda *_: None)
     with pytest.raises(SetupError, match="cannot be kept in oracle"):
-        own_engine(oracle, 1.0)
+        own_engine(oracle, 1.0, PLACES)
 
 
 def test_what_the_server_is_told(database: DatabaseServer, table: SqlTable) -> None:
@@ -532,6 +527,7 @@ import sqlalchemy as sa
 from flask_resilient_session.calls import Calls
 from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.errors import SqlUnavailable
+from flask_resilient_session.gate import Gate
 from flask_resilient_session.connections import plain_engine
 from flask_resilient_session.rows import define_table
 from flask_resilient_session.sql import SqlTable
@@ -549,8 +545,9 @@ if sys.argv[3] == "cooperative":
     psycopg2.extensions.set_wait_callback(wait)
 table = SqlTable(Calls(
     define_table(sa.MetaData(), name, None),
-    lambda: plain_engine(url, 5.0),
-    create_table=True, sql_timeout=5.0, monotonic=time.monotonic,
+    lambda: plain_engine(url, 5.0, 8),
+    create_table=True, sql_timeout=5.0,
+    gate=Gate(8, SystemClock()), clock=SystemClock(),
 ))
 def read(seconds=30):
     started = time.monotonic()

@@ -15,6 +15,7 @@ from flask_resilient_session.codec import encode_value
 from flask_resilient_session.durable import Durable
 from flask_resilient_session.errors import SessionUnavailable
 from flask_resilient_session.events import Observer, logger
+from flask_resilient_session.gate import Gate
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
 from flask_resilient_session.patience import Patience
@@ -125,7 +126,7 @@ class Worker:
         durable = Durable(
             self.sql,
             breaker=new_breaker(),
-            concurrency=None,
+            gate=Gate(100, clock),
             sql_timeout=_PATIENCE,
             user_key=USER,
             clock=clock,
