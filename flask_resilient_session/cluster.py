@@ -183,14 +183,15 @@ class Cluster:
         try:
             with patience.waiting(self._node_timeout):
                 for index, (name, request) in enumerate(requests):
-                    node = self._admitted(name)
+                    node = None if name in patience.late else self._admitted(name)
                     if node is not None:
                         under_way[index] = node.send(request, self._until())
                 asked = bool(under_way)
                 finish_connecting(under_way.values())
                 for index in list(under_way):
                     exchange = under_way.pop(index)
-                    results[index] = self._receive(requests[index][0], exchange)
+                    name = requests[index][0]
+                    results[index] = self._receive(name, exchange, patience)
         except BaseException:
             for exchange in under_way.values():
                 exchange.abandon()
@@ -204,13 +205,15 @@ class Cluster:
         return self._clock.monotonic() + self._node_timeout
 
     def _receive(
-        self, name: str, exchange: ExchangeLike
+        self, name: str, exchange: ExchangeLike, patience: Patience
     ) -> tuple[Parsed | Unreachable, int]:
         breaker = self._breakers[name]
         try:
             parsed = exchange.receive()
         except NodeFault as fault:
             self._observer.count("node_faults")
+            if not fault.refused:
+                patience.late.add(name)
             self._blame(name, breaker, fault)
             return Unreachable(str(fault)), 0
         # A conflict may be known without asking the node, which proves nothing.

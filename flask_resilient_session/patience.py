@@ -43,14 +43,17 @@ class Patience:
 
     :param seconds: for all waits together.
     :ivar left: seconds of them that are left; below 0 after a last wait.
+    :ivar late: names of nodes that did not answer in time; they are not waited for once
+        more, or one of them would take all the time that there is.
     """
 
-    __slots__ = ("_clock", "_seconds", "left")
+    __slots__ = ("_clock", "_seconds", "late", "left")
 
     def __init__(self, clock: Clock, seconds: float) -> None:
         self._clock = clock
         self._seconds = seconds
         self.left = seconds
+        self.late: set[str] = set()
 
     def renewed(self) -> Patience:
         """As much once more, for what has to be done although the time is over."""

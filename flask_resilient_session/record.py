@@ -214,10 +214,11 @@ def apply_changes(
     :param nonce: random, :data:`NONCE_BITS` wide.
     """
     counter = max(record.largest_counter() + 1, record.floor[0] + 1, now_ms)
+    # A deleted key leaves its marker even where this record has never had it: the
+    # request saw it on a copy that may be heard of later.
     entries = dict(record.entries)
     for key, value in changes.items():
-        if value is not None or key in entries:
-            entries[key] = Entry(counter, nonce, value)
+        entries[key] = Entry(counter, nonce, value)
     return replace(
         record,
         entries=entries,

@@ -51,6 +51,22 @@ def signals() -> Iterator[list[tuple[str, str]]]:
 # --- nodes that fail -------------------------------------------------------------
 
 
+def test_a_hung_node_costs_one_request_one_timeout(nodes: list[Memcached]) -> None:
+    """However often that request has to ask the nodes; the next one waits again."""
+    nodes[0].freeze()
+    for node in nodes[1:]:
+        node.raw_set(STORED_KEY, SEALED)
+    cluster = real_pair(nodes, node_timeout=0.2)
+    for _ in range(2):
+        patience = patient()
+        for _ in range(5):
+            replies = cluster.read((FIRST_HOME, SECOND_HOME), KEY, KEYRING, patience)
+            assert isinstance(replies[FIRST_HOME], Unreachable)
+            assert isinstance(replies[SECOND_HOME], Hit)
+        # It was charged for one wait, and nothing for the others.
+        assert 30 - 0.21 > patience.left - 0.01 > 30 - 0.4
+
+
 def test_a_hung_node_costs_three_timeouts_and_is_then_skipped(
     nodes: list[Memcached], caplog: pytest.LogCaptureFixture
 ) -> None:

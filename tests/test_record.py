@@ -148,10 +148,13 @@ def test_a_change_is_stamped_above_everything_seen(
     assert changed.writes == seen.writes + 1
 
 
-def test_deleting_an_unknown_key_leaves_no_marker() -> None:
-    """Only a key that was there needs a marker."""
+def test_deleting_an_unknown_key_leaves_a_marker() -> None:
+    """The request saw it on a copy that this record has not heard of."""
     changed = apply_changes(record(), {"name": None, "other": None}, NOW + 1, 5)
-    assert changed.entries == {"name": Entry(NOW + 1, 5, None)}
+    gone = Entry(NOW + 1, 5, None)
+    assert changed.entries == {"name": gone, "other": gone}
+    late = record({"other": Entry(NOW, 1, b"x")})
+    assert join_records(changed, late).payload() == {}
     assert changed.size() == 0
 
 

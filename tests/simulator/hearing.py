@@ -62,6 +62,19 @@ class Reader:
         """Whether it may miss anything at all, so that what it saw is no news."""
         return any(excuse.holds() for excuse in self._excuses)
 
+    def was_blind(self, step: int) -> bool:
+        """Whether who was told at this step had only SQL, and others did not hear it."""
+        moment = self._moments.get(step)
+        return moment is not None and moment.blind
+
+    def may_miss_all_of(self, step: int) -> bool:
+        """Whether it may miss what was told at this step, and who has seen it since."""
+        moment = self._moments.get(step)
+        return moment is not None and any(
+            excuse.own and excuse.holds() and excuse.covers(moment)
+            for excuse in self._excuses
+        )
+
     def may_miss(self, step: int) -> bool:
         """Whether it may not have heard of what was told at this step."""
         moment = self._moments.get(step)

@@ -335,7 +335,11 @@ class History:
     ) -> Violation | None:
         for other in register.writes:
             after = other.end < start and write.end < other.start
-            if after and not reader.may_miss(other.end):
+            if (
+                after
+                and not reader.may_miss(other.end)
+                and not reader.was_blind(write.end)
+            ):
                 return Violation(
                     "G1",
                     f"{session.name}: a read at {start} saw {write}, but {other}"
@@ -347,6 +351,7 @@ class History:
                 and seen.end < start
                 and write.end < seen.start
                 and seen.write.end < start
+                and not reader.may_miss_all_of(seen.write.end)
                 and not (reader.may_miss(seen.write.end) and reader.may_miss(seen.end))
             ):
                 return Violation(

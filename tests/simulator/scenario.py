@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from random import Random
-from typing import TypeAlias
+from functools import partial
 
 from flask_resilient_session.access import Access
-from flask_resilient_session.cluster import Cluster
 from flask_resilient_session.codec import encode_value
-from flask_resilient_session.durable import Durable
 from flask_resilient_session.errors import SessionUnavailable
-from flask_resilient_session.events import Observer, logger
-from flask_resilient_session.gate import Gate
-from flask_resilient_session.health import Breaker
-from flask_resilient_session.homes import Homes
-from flask_resilient_session.patience import Patience
-from flask_resilient_session.reaper import Reaper, ReapOptions
-from flask_resilient_session.record import Hit, Record, Tombstone, same_state
+from flask_resilient_session.events import logger
+from flask_resilient_session.record import Hit, Record, same_state
 from flask_resilient_session.replication import (
     MOVE_AT_WORK_MS,
     Gone,
@@ -28,163 +18,17 @@ from flask_resilient_session.replication import (
     Standing,
     Unknown,
 )
-from flask_resilient_session.ring import Ring, RingNode
 from flask_resilient_session.steps import TOO_MANY
-from flask_resilient_session.store import Store
-from flask_resilient_session.turns import Turns
 
-from . import upkeep
-from .actions import NODES, PAIR, WORKERS, Action
-from .fakes import Database, FakeNode, FakeSql, Server
-from .hearing import Excuse, Hearing, Moment, Reader
-from .history import IN_FLIGHT_MS, NEVER, History, Line, Session, Violation
-from .more import LAYOUTS
+from .actions import NODES, PAIR, WORKERS
+from .hearing import Excuse, Moment, Reader
+from .history import IN_FLIGHT_MS, NEVER, Line, Session, Violation
 from .plan import ON_TWO, Plan, Request
-from .rollout import SECRETS, Rollout, keyring
-from .world import Died, Landing, WorkerClock, World, quiet
+from .site import Site
+from .worker import USER, Faults, Worker, holds, holds_tombstone, ring_of
+from .world import quiet
 
-USER = "_user_id"
-
-_KEYRING = keyring(SECRETS)
-_NODE_TIMEOUT = 0.25
-_LONGEST_PAUSE = 2.0
-_PATIENCE = 10.0
 _SETTLE_TRIES = 8
-
-
-@lru_cache(maxsize=64)
-def _ring(names: frozenset[str], layout: int = 0) -> Ring:
-    zones = LAYOUTS[layout]
-    nodes = []
-    for name in sorted(names):
-        zone, weight = zones.get(name, (name, 1.0))
-        nodes.append(RingNode(name, weight, zone))
-    return Ring(nodes)
-
-
-def _holds(
-    copies: Sequence[bytes], key: str, wanted: Mapping[str, bytes | None]
-) -> bool:
-    """Whether one of the sealed copies, the latest first, has these values."""
-    for data in reversed(copies):
-        # Sealed is not encrypted: most can be ruled out at a glance.
-        if not all(v is not None and v in data for v in wanted.values()):
-            continue
-        copy = _KEYRING.unseal(key, data)
-        if isinstance(copy, Record):
-            entries = copy.entries
-            if all(k in entries and entries[k].value == v for k, v in wanted.items()):
-                return True
-    return False
-
-
-def _holds_tombstone(copies: Sequence[bytes], key: str) -> bool:
-    """Whether one of the sealed copies is a tombstone."""
-    return any(
-        isinstance(_KEYRING.unseal(key, data), Tombstone) for data in reversed(copies)
-    )
-
-
-#: Of each home: exchanges that went wrong, and whether it is skipped.
-Faults: TypeAlias = tuple[tuple[int, bool], ...]
-
-
-class Worker:
-    """One worker process: everything the extension would build."""
-
-    def __init__(
-        self, run: Run, index: int, names: frozenset[str], secrets: tuple[str, ...]
-    ) -> None:
-        world, clock = run.world, WorkerClock(run.world, run.skews[index])
-        observer = Observer(self)
-
-        def new_breaker() -> Breaker:
-            return Breaker(
-                first_pause=0.5, longest_pause=_LONGEST_PAUSE, tolerated_timeouts=3
-            )
-
-        self.nodes = {n: FakeNode(run.servers[n], index) for n in sorted(names)}
-        cluster = Cluster(
-            dict(self.nodes),
-            new_breaker=new_breaker,
-            node_timeout=_NODE_TIMEOUT,
-            key_prefix="",
-            max_bytes=100_000,
-            clock=clock,
-            random=world.rng,
-            observer=observer,
-        )
-        self.observer = observer
-        self.index = index
-        self.process = run.new_process()
-        self.names = names
-        self.ring = _ring(names, run.plan.layout)
-        self.secrets = secrets
-        self.keyring = keyring(self.secrets)
-        self.clock = clock
-        self.sql = FakeSql(run.database, index)
-        durable = Durable(
-            self.sql,
-            breaker=new_breaker(),
-            gate=Gate(100, clock),
-            sql_timeout=_PATIENCE,
-            user_key=USER,
-            clock=clock,
-            random=world.rng,
-            observer=observer,
-        )
-        self.store = Store(
-            homes=Homes(self.ring, cluster),
-            durable=durable,
-            max_bytes=100_000,
-            clock=clock,
-            random=world.rng,
-            observer=observer,
-            turns=Turns(partial(Landing, world)),
-        )
-        self.timing = run.plan.timing_of(index)
-        self._database = run.database
-
-    def access(self, session_key: str) -> Access:
-        """The terms of one request."""
-        patience = Patience(self.clock, _PATIENCE)
-        return Access(session_key, self.keyring, self.timing, patience)
-
-    def homes_of(self, session_key: str) -> tuple[str, ...]:
-        """The session's homes, as it is configured."""
-        return self.ring.homes(session_key)
-
-    def faults(self, session_key: str) -> Faults:
-        """What it has met at each of the session's homes."""
-        suspects = self.store.homes.cluster.suspects()
-        return tuple(
-            (self.nodes[name].faults, name in suspects)
-            for name in self.homes_of(session_key)
-        )
-
-    def missed_all(
-        self, session_key: str, faults: Faults, full: Sequence[bool] = ()
-    ) -> bool:
-        """Whether it missed each of the session's homes since there were these faults.
-
-        :param full: those that would have refused anyway.
-        """
-        homes = self.homes_of(session_key)
-        suspects = self.store.homes.cluster.suspects()
-        return all(
-            name in suspects or self.nodes[name].faults > before or (full and full[i])
-            for i, (name, (before, _)) in enumerate(zip(homes, faults, strict=True))
-        )
-
-    def doubts_sql(self, since: int = 1 << 60) -> bool:
-        """Whether it skips SQL, or a call of its failed since this step."""
-        failed = self._database.failed.get(self.index, -1)
-        return self.store.durable._breaker.suspect or failed >= since
-
-    def reaches_none(self, session_key: str, faults: Faults) -> bool:
-        """Whether it could tell none of the session's homes anything."""
-        full = [self.nodes[n].server.full for n in self.homes_of(session_key)]
-        return all(full) or self.missed_all(session_key, faults, full)
 
 
 @dataclass
@@ -195,46 +39,12 @@ class Slot:
     olds: list[Session] = field(default_factory=list)
 
 
-class Run:
-    """One schedule.
-
-    :ivar counts: how requests ended.
-    """
+class Run(Site):
+    """One schedule: requests, and what may be seen by them."""
 
     def __init__(self, plan: Plan, *, traced: bool = False) -> None:
-        self.plan = plan
-        self.world = World(Random(plan.order), traced=traced)
-        self.servers = {name: Server(name, self.world) for name in (*NODES, "d")}
-        self.database = Database(self.world)
-        self.world.holds_back = plan.holds_back
-        self.skews = list(plan.skews)
-        self.history = History(
-            self.world, plan.timing, plan.longest_slack_ms, plan.skews
-        )
-        self.database.on_insert = lambda key, live: self.history.row_appears(
-            key, live=live
-        )
-        self.database.on_fault = self._sql_fails
-        self.names = frozenset(plan.nodes)
-        self.rollout = Rollout(
-            self.names, lambda names, key: _ring(names, plan.layout).homes(key)
-        )
-        self.hearing = Hearing(self.world, NEVER)
-        #: Sessions that some request had only SQL for.
-        self.blindly: set[str] = set()
-        self._processes = 0
-        lists = plan.lists or (plan.nodes,) * WORKERS
-        self.workers = [
-            Worker(self, index, frozenset(names), self.rollout.secrets)
-            for index, names in enumerate(lists)
-        ]
-        for worker in self.workers:
-            self.rollout.spreads(worker.names)
+        super().__init__(plan, traced=traced)
         self.slots: list[Slot] = []
-        self.counts: Counter[str] = Counter()
-        self.active = 0
-        self.held = False
-        self._clients = 0
         self._values = 0
 
     def go(self) -> None:
@@ -247,15 +57,10 @@ class Run:
         if self.plan.kind == "none" and self.counts["unavailable"]:
             raise Violation("G7", "unavailable without a fault")
 
-    def new_process(self) -> int:
-        """A number for each process that ever was."""
-        self._processes += 1
-        return self._processes
-
     def _new_key(self) -> str:
         while True:
             key = f"{self.world.rng.getrandbits(256):064x}"
-            on_two = set(_ring(frozenset(NODES)).homes(key)) == {"a", "b"}
+            on_two = set(ring_of(frozenset(NODES)).homes(key)) == {"a", "b"}
             if on_two or self.plan.kind not in ON_TWO:
                 return key
 
@@ -273,14 +78,14 @@ class Run:
         clients: dict[int, list[Request]] = {}
         for request in self.plan.requests:
             clients.setdefault(request.client, []).append(request)
-        self._clients = len(clients)
+        self.clients = len(clients)
         for number, requests in clients.items():
             self.world.spawn(f"client {number}", self._client(requests))
         for action in self.plan.actions:
             if action.what != "sleep":
                 self.world.log("-- {}", action)
-            self._act(action)
-        self.world.wait(lambda: not self._clients and not self.active)
+            self.act(action)
+        self.world.wait(lambda: not self.clients and not self.active)
         self._finish()
 
     def _client(self, requests: list[Request]) -> Callable[[], None]:
@@ -288,224 +93,15 @@ class Run:
             for request in requests:
                 self.world.wait(lambda: not self.held)
                 self.world.step += 1
-                self._in_process(
+                self.in_process(
                     self.workers[request.worker], partial(self._request, request)
                 )
                 self.world.pause()
-            self._clients -= 1
+            self.clients -= 1
 
         return run
 
-    def _in_process(self, worker: Worker, do: Callable[[Worker], None]) -> None:
-        """What a worker process does, as long as it lives."""
-        self.active += 1
-        self.world.begin(worker.process)
-        start_ms = self.world.now_ms
-        try:
-            do(worker)
-        except Died:
-            self.world.log("  w{} dies", worker.index)
-            self.counts["died"] += 1
-        self.history.took(start_ms)
-        self.world.end()
-        self.active -= 1
-
-    def _act(self, action: Action) -> None:
-        world = self.world
-        what = action.what
-        if what == "sleep":
-            until = world.step + action.amount
-            world.wait(lambda: world.step >= until or not self._clients)
-        elif what == "jump":
-            self._jump(action.amount)
-        elif what in ("rest", "due"):
-            timing = self.plan.timing
-            far_ms = timing.lifetime_ms if what == "rest" else timing.sync_ms
-            self._jump(max(far_ms + action.amount, 0))
-        elif what == "time passes":
-            world.passed.append((world.step, action.amount))
-            world.pass_time(action.amount / 1000)
-        elif what == "die":
-            self._die(action.worker)
-        elif what == "step":
-            self._step_clock(action.worker, action.amount)
-        elif what == "lose memory":
-            for server in self.servers.values():
-                server.restart()
-            self.history.memory_lost()
-            # A worker that skips both homes writes what others need not see.
-            self._hold()
-            self._probe_all()
-            self.held = False
-        elif what.startswith("sql "):
-            self._act_on_sql(what)
-        elif what == "add or remove":
-            changed = self.names ^ {action.node}
-            if len(changed) >= 2:
-                self.names = changed
-        elif what == "roll":
-            self._roll(action.worker)
-        elif what == "reap":
-            self._spawn_reaper(action.worker)
-        elif what == "settle":
-            self._settle()
-        elif what == "split":
-            self._split()
-        elif what == "heal quietly":
-            self._hold()
-            self.servers[action.node].heal()
-            self.held = False
-        elif what in ("pass", "days", "renew", "announce", "rotate", "drop"):
-            upkeep.act(self, what, action.amount)
-        else:
-            names = self.servers if action.node == "all" else [action.node]
-            for name in names:
-                self._act_on_node(what, self.servers[name], action.worker)
-                if what not in ("heal", "start", "snapshot", "uncut"):
-                    self.rollout.fails(name)
-            self._tell_risks()
-
-    def _act_on_sql(self, what: str) -> None:
-        database = self.database
-        if what in ("sql forget", "sql remember"):
-            self._hold()
-            self.world.deliver_all()
-            if what == "sql forget":
-                keys = [key for key in database.rows if self.world.rng.random() < 0.8]
-                database.forget(keys)
-                for session in self.history.sessions:
-                    session.row_away |= session.key in keys
-            else:
-                database.remember()
-                for session in self.history.sessions:
-                    session.row_away = False
-            self.held = False
-            return
-        database.heal()
-        if what == "sql down":
-            database.down = True
-        elif what == "sql lossy":
-            database.lossy = 0.4
-        elif what == "sql busy":
-            database.busy = 0.5
-        elif what == "sql behind":
-            database.lag()
-
-    def _jump(self, amount_ms: int) -> None:
-        """Time goes by between requests."""
-        self._hold()
-        self.world.deliver_all(held=False)
-        self.world.wall_ms += amount_ms
-        self.held = False
-
-    def _die(self, index: int) -> None:
-        """A worker process dies in the middle of what it does; another one begins."""
-        old = self.workers[index]
-        self.world.kill(old.process)
-        self.workers[index] = Worker(self, index, old.names, old.secrets)
-
-    def _step_clock(self, index: int, amount_ms: int) -> None:
-        self.skews[index] += amount_ms
-        self.workers[index].clock.skew_ms = self.skews[index]
-        self.history.clock_steps(self.skews[index])
-
-    def _act_on_node(self, what: str, server: Server, worker: int) -> None:
-        if what in ("evict", "corrupt"):
-            for key in sorted(server.items):
-                if self.world.rng.random() < 0.6:
-                    getattr(server, what)(key)
-        elif what in ("crash", "restart", "zombie", "snapshot", "heal"):
-            getattr(server, what)()
-        elif what == "start":
-            server.up = True
-        elif what == "cut":
-            server.cut ^= {worker}
-        elif what == "cut all":
-            server.cut = set(range(WORKERS))
-        elif what == "uncut":
-            server.cut.clear()
-        elif what == "hang":
-            server.hung = not server.hung
-        elif what == "lossy":
-            server.lossy = 0.5
-        else:
-            assert what == "full", what
-            server.full = True
-
-    def _roll(self, index: int) -> None:
-        worker = self.workers[index]
-        now = (self.names, self.rollout.secrets)
-        if (worker.names, worker.secrets) != now:
-            self.workers[index] = Worker(self, index, *now)
-            self.rollout.spreads(self.names)
-            self._tell_risks()
-
-    def _tell_risks(self) -> None:
-        for session in self.history.sessions:
-            if self.rollout.at_risk(session.key):
-                self.history.row_is_left(session)
-
-    def _hold(self) -> None:
-        """Wait until no request is under way, and let none begin."""
-        self.held = True
-        self.world.wait(lambda: not self.active)
-
-    def _settle(self) -> None:
-        """All is well again, every worker knows it, and every session is read."""
-        world = self.world
-        self._hold()
-        # A delete that lands later would be one more fault of that node.
-        world.deliver_all("delete")
-        for server in self.servers.values():
-            server.heal()
-        self.database.heal()
-        self._probe_all()
-        self.held = False
-        for session in list(self.history.sessions):
-            self._read_for_good(session)
-        if {worker.names for worker in self.workers} == {self.names}:
-            self.rollout.is_over(self.names)
-
-    def _sql_fails(self, worker: int) -> None:
-        self.database.failed[worker] = self.world.step
-        self.history.sql_in_doubt = True
-
-    def _split(self) -> None:
-        """Cut every worker off from another node, or none."""
-        self._hold()
-        for server in self.servers.values():
-            server.cut.clear()
-        self._probe_all()
-        for index in range(WORKERS):
-            name = self.world.rng.choice((*NODES, "none"))
-            if name != "none":
-                self.servers[name].cut.add(index)
-        if self.world.rng.random() < 0.5:
-            # Else they have to find out.
-            self._probe()
-        self.held = False
-
-    def _probe_all(self) -> None:
-        """Let every worker notice that all answer again."""
-        self._probe()
-        for worker in self.workers:
-            suspects = worker.store.homes.cluster.suspects()
-            assert not suspects, suspects
-
-    def _probe(self) -> None:
-        """Let every worker notice what answers, and what does not."""
-        self.world.spend(_LONGEST_PAUSE)
-        self.world.alone = True
-        for worker in self.workers:
-            # The first may only find that its connections were closed.
-            for _ in range(3):
-                access = worker.access("0" * 64)
-                worker.store.peek(access, sorted(worker.names))
-            worker.store.durable.read(worker.access("0" * 64))
-        self.history.sql_in_doubt = self.database.state() != "ok"
-        self.world.alone = False
-
-    def _read_for_good(self, session: Session) -> None:
+    def read_for_good(self, session: Session) -> None:
         """Load and save until it worked, by a worker that no fault touches."""
         for _ in range(_SETTLE_TRIES):
             self.world.step += 1
@@ -519,28 +115,6 @@ class Run:
         """The workers that know every key that some worker seals with."""
         current = {worker.secrets[0] for worker in self.workers}
         return [one for one in self.workers if current <= {*one.secrets}]
-
-    def _spawn_reaper(self, index: int) -> None:
-        def run() -> None:
-            self.world.wait(lambda: not self.held)
-            self._in_process(self.workers[index], self.reap)
-
-        self.world.spawn(f"reaper of w{index}", run)
-
-    def reap(self, worker: Worker) -> None:
-        """One pass of a worker's reaper."""
-        reaper = Reaper(
-            worker.sql,
-            worker.store,
-            keyring=worker.keyring,
-            timing=worker.timing,
-            clock=worker.clock,
-            observer=worker.observer,
-        )
-        report = reaper.run(ReapOptions(batch_size=2))
-        self.world.log("  reaper of w{}: {}", worker.index, report)
-        self.counts["reaped"] += report.reaped
-        self.counts["renewed"] += report.renewed
 
     # --- requests ----------------------------------------------------------------
 
@@ -592,7 +166,7 @@ class Run:
             key, line, start=start, start_ms=start_ms, durable=required
         )
         history.acknowledge(writes, durable=required)
-        self._tell_risks()
+        self.tell_risks()
         self._count("created", session.name)
         return session
 
@@ -662,8 +236,10 @@ class Run:
         )
         # Every change is synced, and with one home there is nothing else to rely on.
         at_once = not worker.timing.sync_ms or len(worker.names) < len(PAIR)
-        history.acknowledge(writes, durable=required or (at_once and not in_doubt))
-        self._tell_risks()
+        if session.ended == NEVER or not session.untold:
+            # Else it goes on under an id that the homes have not heard of.
+            history.acknowledge(writes, durable=required or (at_once and not in_doubt))
+        self.tell_risks()
         history.used(session, start_ms, None if in_doubt else worker.timing.slack_ms)
         if saved.standing is Standing.UNVERIFIED:
             return self._count("unverified", session.name)
@@ -743,10 +319,10 @@ class Run:
     ) -> None:
         """What is acknowledged has reached both homes, or SQL."""
         wanted = {name: value for name, value in changes.items() if value is not None}
-        if not wanted or _holds(self.database.held.get(key, ()), key, wanted):
+        if not wanted or holds(self.database.held.get(key, ()), key, wanted):
             return
         for name in worker.homes_of(key):
-            if not _holds(self.servers[name].held.get(key, ()), key, wanted):
+            if not holds(self.servers[name].held.get(key, ()), key, wanted):
                 raise Violation(
                     "G2", f"{key[:6]}: {wanted} is acknowledged, and not on {name}"
                 )
@@ -754,7 +330,7 @@ class Run:
     def _was_ended(self, key: str) -> bool:
         """Whether a tombstone of this session was ever put anywhere."""
         return key in self.database.buried or any(
-            _holds_tombstone(server.held.get(key, ()), key)
+            holds_tombstone(server.held.get(key, ()), key)
             for server in self.servers.values()
         )
 
@@ -764,7 +340,7 @@ class Run:
         told = [
             name
             for name in homes
-            if _holds_tombstone(self.servers[name].held.get(key, ()), key)
+            if holds_tombstone(self.servers[name].held.get(key, ()), key)
         ]
         in_sql = key in self.database.buried
         if not in_sql and (len(homes) < len(PAIR) or len(told) < len(homes)):
@@ -908,8 +484,8 @@ class Run:
         world.log("-- the end: everything heals")
         world.deliver_all()
         for index in range(WORKERS):
-            self._roll(index)
-        self._settle()
+            self.roll(index)
+        self.settle()
         world.alone = True
         world.deliver_all()
         # Whoever moved a session has had the time to bury its copies alone.
@@ -921,7 +497,7 @@ class Run:
         sync_ms = self.plan.longest_slack_ms
         world.wall_ms += sync_ms + 2 * skew + 120_000
         for session in self.history.sessions:
-            self._read_for_good(session)
+            self.read_for_good(session)
         world.deliver_all()
         world.wall_ms += sync_ms + 2 * skew + 120_000
         world.log("-- all memory is lost")
@@ -929,7 +505,7 @@ class Run:
             server.restart()
         self.history.memory_lost()
         for session in self.history.sessions:
-            self._read_for_good(session)
+            self.read_for_good(session)
 
     def _read_everywhere(self, session: Session) -> None:
         """Every worker sees the same, and the homes agree on it."""

@@ -7,45 +7,45 @@ from typing import TYPE_CHECKING
 from .actions import DAY
 
 if TYPE_CHECKING:
-    from .scenario import Run
+    from .site import Site
 
 
-def act(run: Run, what: str, amount: int) -> None:
+def act(site: Site, what: str, amount: int) -> None:
     """One of these, between requests where it takes time."""
     if what in ("announce", "rotate", "drop"):
-        getattr(run.rollout, what)()
+        getattr(site.rollout, what)()
         return
-    run._hold()
+    site.hold()
     if what == "pass":
-        run.world.spend(amount)
+        site.world.spend(amount)
     elif what == "days":
-        _days(run, amount)
+        _days(site, amount)
     else:
         assert what == "renew", what
-        _renew(run)
-    run.held = False
+        _renew(site)
+    site.held = False
 
 
-def _days(run: Run, days: int) -> None:
+def _days(site: Site, days: int) -> None:
     """Days without requests: a reaper runs on each."""
-    world = run.world
+    world = site.world
     world.deliver_all()
     world.alone = True
     for _ in range(days):
         world.wall_ms += DAY
-        run.reap(world.rng.choice(run.workers))
+        site.reap(world.rng.choice(site.workers))
     world.alone = False
 
 
-def _renew(run: Run) -> None:
+def _renew(site: Site) -> None:
     """Every session is used once more after all are due for a sync."""
-    world, timing = run.world, run.plan.timing
+    world, timing = site.world, site.plan.timing
     world.deliver_all()
     world.wall_ms += timing.slack_ms
-    world.wall_ms += 2 * run.history.skew_ms + 120_000
-    run._probe_all()
+    world.wall_ms += 2 * site.history.skew_ms + 120_000
+    site.probe_all()
     world.alone = True
-    for session in list(run.history.sessions):
-        run._read_for_good(session)
+    for session in list(site.history.sessions):
+        site.read_for_good(session)
     world.alone = False
     world.deliver_all()
