@@ -63,7 +63,7 @@ class Reader:
         return any(excuse.holds() for excuse in self._excuses)
 
     def was_blind(self, step: int) -> bool:
-        """Whether who was told at this step had only SQL, and others did not hear it."""
+        """Whether who was told at this step had only SQL to tell."""
         moment = self._moments.get(step)
         return moment is not None and moment.blind
 
