@@ -39,10 +39,6 @@ IDLE_CONNECTIONS: Final = 32
 #: One read takes a whole session of common size.
 _READ_BYTES: Final = 64 * 1024
 
-#: What is possible at once is done however late it is, since the time may have been
-#: spent on another node, or on other requests. Sending takes no longer than this then.
-_LAST_CHANCE_SECONDS: Final = 0.001
-
 #: Seconds in which the rest of a reply that has begun to come has time to follow, and
 #: a reply where connecting has taken all the time that there was.
 _READING_SECONDS: Final = 0.05
@@ -108,9 +104,8 @@ class _Connection:
             return False
         return True
 
-    def send(self, data: bytes, deadline: float) -> None:
-        remaining = deadline - self._clock.monotonic()
-        self.socket.settimeout(max(remaining, _LAST_CHANCE_SECONDS))
+    def send(self, data: bytes, seconds: float) -> None:
+        self.socket.settimeout(seconds)
         self.socket.sendall(data)
 
     def receive(self, request: Request, deadline: float) -> Parsed:
@@ -264,9 +259,8 @@ class Exchange:
 
     def _send(self, connection: _Connection, seconds: float) -> None:
         self.read_at = self._node.tick()
-        self.deadline = self._clock.monotonic() + seconds
         try:
-            connection.send(self._data, self.deadline)
+            connection.send(self._data, seconds)
         except (BrokenPipeError, ConnectionResetError):
             self._again_if_stale()
         else:
@@ -278,7 +272,8 @@ class Exchange:
 
         :raises NodeFault: the node did not answer as a node does.
         """
-        finish_connecting([self])
+        if self.connecting:
+            finish_connecting([self])
         if self._fault is not None:
             raise self._fault
         if self._connection is None:

@@ -33,8 +33,7 @@ class SqlTable:
     Every method takes a monotonic deadline in seconds and raises
     :class:`SqlUnavailable` when SQL did not do what was asked in time. On PostgreSQL
     and MariaDB the deadline holds whatever the server does, and what concerns one
-    session takes no longer than ``sql_timeout``, so that a request has time left for
-    its nodes.
+    session takes no longer than ``sql_timeout``.
 
     :param calls: makes them on its table.
     """
