@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 from .clock import Clock
 from .connections import POSTGRESQL, SQLITE, is_in_memory
-from .deadline import TimeLimit, TooLate, time_limit
+from .deadline import NoTimeLeft, TimeLimit, TooLate, time_limit
 from .errors import SqlBusy, SqlUnavailable
 from .gate import Gate
 from .sql_errors import MIGRATE, explain, was_undone
@@ -89,6 +89,7 @@ class Calls:
         late = False
         while True:
             try:
+                limit.asks()
                 engine = self._ready_engine(limit.remaining)
                 result = self._once(engine, call, limit)
                 self._here.has_answered = True
@@ -106,6 +107,8 @@ class Calls:
                 ) or not limit.remaining:
                     failure = self._failed(error, limit)
                     break
+            except NoTimeLeft as error:
+                raise SqlBusy(str(error)) from None
             except (TooLate, OSError) as error:
                 failure = _LATE if limit.hung_up else str(error)
                 late = type(error) is TooLate
@@ -234,7 +237,7 @@ def transaction(connection: sa.Connection) -> Iterator[Callable[[], None]]:
         if not undone and not connection.invalidated:
             try:
                 undo()
-            except sa.exc.SQLAlchemyError:
+            except (sa.exc.SQLAlchemyError, NoTimeLeft):
                 connection.invalidate(error)
         raise
 

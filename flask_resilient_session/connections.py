@@ -169,6 +169,8 @@ def _server_engine(like: sa.Engine, sql_timeout: float, size: int) -> sa.Engine:
     )
     sa.event.listen(engine, "checkout", _check)
     sa.event.listen(engine, "checkout", _watch)
+    sa.event.listen(engine, "before_cursor_execute", _asks)
+    sa.event.listen(engine, "after_cursor_execute", _answered)
     return engine
 
 
@@ -237,6 +239,20 @@ def _watch(connection: Any, _record: Any, _proxy: Any = None) -> None:
     limit, fileno = current_limit(), _fileno(connection)
     if limit is not None and fileno is not None:
         limit.watch(fileno)
+
+
+def _asks(*_: Any) -> None:
+    """Let the time of the call that is being made run from here."""
+    limit = current_limit()
+    if limit is not None:
+        limit.asks()
+
+
+def _answered(*_: Any) -> None:
+    """Let it stand still."""
+    limit = current_limit()
+    if limit is not None:
+        limit.answered()
 
 
 def _fileno(connection: Any) -> int | None:

@@ -11,6 +11,10 @@ socket's number, so that what is shut down is this connection and never another 
 that got its number since. (Were each call made by one thread while another waits, it
 would pay ten times that, and a thread would stay behind in each that is given up.)
 
+Whoever has answered is not late. Where an answer waits to be read when the time is up
+it is this process that is slow, and the time begins anew; so it does, once, where this
+process was busy for most of it. Between two statements of a call it stands still.
+
 Only connecting cannot be watched so, for there is no socket yet that is known. It is
 rare, and done by a thread of its own, which closes what it gets too late. Not many
 such threads may be waiting for one database at once.
@@ -31,11 +35,18 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 from .clock import SystemClock
+from .patience import Stopwatch, wait_for
 
 #: Attempts to reach one database that may be waiting although they were given up.
 MOST_GIVEN_UP: Final = 8
 
-_monotonic = SystemClock().monotonic
+_clock: Final = SystemClock()
+_monotonic = _clock.monotonic
+
+_NEVER: Final = float("inf")
+
+#: How often one statement's time begins anew while its answer waits to be read.
+_MOST_SPARED: Final = 10
 
 
 class TooLate(Exception):
@@ -46,16 +57,30 @@ class NobodyAnswers(TooLate):
     """So many earlier attempts have not got one yet that no further one is made."""
 
 
+class NoTimeLeft(TooLate):
+    """Earlier statements of a call have taken all of its time."""
+
+
 class TimeLimit:
     """The time that one call may take, and the connections that it uses.
 
-    :param seconds: how long from now.
-    :ivar hung_up: whether its connections were hung up on.
+    It is the server's time: it runs from the beginning of the call, and anew from each
+    statement, less what was waited before, and stands still once that was answered.
+
+    :param seconds: for the whole call.
+    :ivar deadline: when its connections are hung up on, unless there is an answer.
+    :ivar hung_up: whether they were.
     """
 
-    __slots__ = ("_lines", "_timekeeper", "deadline", "hung_up")
+    __slots__ = (
+        *("_left", "_lines", "_spared", "_timekeeper", "_watch"),
+        *("deadline", "hung_up"),
+    )
 
     def __init__(self, seconds: float) -> None:
+        self._left = seconds
+        self._watch: Stopwatch | None = Stopwatch(_clock)
+        self._spared = 0
         self.deadline = _monotonic() + seconds
         self.hung_up = False
         self._lines: list[int] = []
@@ -64,7 +89,10 @@ class TimeLimit:
     @property
     def remaining(self) -> float:
         """Seconds that are left; not below 0."""
-        return max(self.deadline - _monotonic(), 0.0)
+        if self.hung_up:
+            return 0.0
+        waited = 0.0 if self._watch is None else self._watch.waited
+        return max(self._left - waited, 0.0)
 
     def watch(self, fileno: int) -> None:
         """Hang up on this connection if it is used when the time is up."""
@@ -74,6 +102,50 @@ class TimeLimit:
         with self._timekeeper.mutex:
             self._lines.append(line)
             self._timekeeper.watch(self)
+
+    def asks(self) -> None:
+        """The server is asked something from now on.
+
+        :raises NoTimeLeft: there is none for it.
+        """
+        left = self.remaining
+        if not left:
+            raise NoTimeLeft("no time is left for a further statement")
+        self._count(left, Stopwatch(_clock), _monotonic() + left)
+
+    def answered(self) -> None:
+        """The server has answered, and it is our turn."""
+        self._count(self.remaining, None, _NEVER)
+
+    def _count(self, left: float, watch: Stopwatch | None, deadline: float) -> None:
+        if self._timekeeper is None:
+            self._left, self._watch, self.deadline = left, watch, deadline
+            return
+        with self._timekeeper.mutex:
+            self._left, self._watch, self.deadline = left, watch, deadline
+            self._spared = 0
+            if watch is not None and not self.hung_up:
+                self._timekeeper.watch(self)
+
+    def is_spared(self, now: float) -> bool:
+        """Whether it is this process that is slow; for the timekeeper, as below.
+
+        Its time begins anew then.
+        """
+        busy = self._watch is not None and self._watch.waited < self._left / 2
+        most = _MOST_SPARED if self._has_answer() else int(busy)
+        if self._spared >= most:
+            return False
+        self._spared += 1
+        self.deadline = now + self._left
+        return True
+
+    def _has_answer(self) -> bool:
+        select = original("select")
+        poll = select.poll()
+        # The last is in use: one before it may be broken, and looks as if it had.
+        poll.register(self._lines[-1], select.POLLIN)
+        return bool(poll.poll(0))
 
     def hang_up(self) -> None:
         """Shut down every connection; for the timekeeper, who holds its mutex."""
@@ -179,10 +251,14 @@ class _Attempt:
                 self._close(self._connection)
         self._done.release()
 
+    def _is_done(self, seconds: float) -> bool:
+        done = self._done.acquire(seconds > 0, seconds if seconds > 0 else -1)
+        return bool(done)
+
     def result(self, seconds: float) -> Any:
         """The connection, or why there is none."""
         try:
-            self._done.acquire(True, seconds)
+            wait_for(self._is_done, seconds, _clock, rounds=2)
         finally:
             with self._timekeeper.mutex:
                 self._given_up = not self._finished
@@ -215,7 +291,7 @@ class _Timekeeper:
         self._alarm.acquire()
         self._start_thread = threads.start_new_thread
         self._started = False
-        self._wakes_at = float("inf")
+        self._wakes_at = _NEVER
 
     def no_longer_waits(self, whom: Hashable) -> None:
         """An attempt that was given up has ended; the mutex is held."""
@@ -243,12 +319,13 @@ class _Timekeeper:
             with self.mutex:
                 now = _monotonic()
                 for limit in [one for one in self.limits if one.deadline <= now]:
-                    self.limits.discard(limit)
-                    limit.hang_up()
+                    if not limit.is_spared(now):
+                        self.limits.discard(limit)
+                        limit.hang_up()
                 self._wakes_at = min(
-                    (one.deadline for one in self.limits), default=float("inf")
+                    (one.deadline for one in self.limits), default=_NEVER
                 )
-                wait = -1.0 if not self.limits else self._wakes_at - now
+                wait = -1.0 if self._wakes_at == _NEVER else self._wakes_at - now
             self._alarm.acquire(True, wait)
 
 

@@ -14,9 +14,6 @@ from typing import Final
 
 from .clock import Clock
 
-#: A wait is begun anew at most this often for a process that was busy meanwhile.
-_MOST_ROUNDS: Final = 10
-
 #: Seconds, with less than which left nobody waits again.
 _MOMENT: Final = 0.001
 
@@ -78,14 +75,21 @@ class Patience:
             self.left -= min(watch.waited, timeout)
 
 
-def wait_for(happens: Callable[[float], bool], seconds: float, clock: Clock) -> bool:
+def wait_for(
+    happens: Callable[[float], bool],
+    seconds: float,
+    clock: Clock,
+    *,
+    rounds: int = 10,
+) -> bool:
     """Wait for something, on and on while this process is busy with something else.
 
     :param happens: waits for that many seconds at most; whether it has happened. With
         0 seconds it only looks.
+    :param rounds: how often at most it is waited for so long.
     :returns: whether it has happened.
     """
-    for _ in range(_MOST_ROUNDS):
+    for _ in range(rounds):
         watch = Stopwatch(clock)
         if happens(seconds):
             return True

@@ -15,6 +15,7 @@ import pytest
 from flask_resilient_session import deadline
 from flask_resilient_session.deadline import (
     MOST_GIVEN_UP,
+    NoTimeLeft,
     TooLate,
     connect_within,
     current_limit,
@@ -85,6 +86,75 @@ def test_a_shorter_limit_overtakes_a_longer_one(pair: Pair) -> None:
             shorter.watch(ours.fileno())
             assert ours.recv(1) == b""
         assert not longer.hung_up
+
+
+def test_who_has_answered_is_not_hung_up_on(pair: Pair) -> None:
+    """Its answer waits to be read; once it is read, the time begins anew."""
+    with time_limit(0.1) as limit:
+        limit.watch(pair[0].fileno())
+        first = limit.deadline
+        pair[1].send(b"x")
+        wait_until(lambda: limit.deadline > first, LONG)
+        assert pair[0].recv(1) == b"x"
+        assert pair[0].recv(1) == b""
+        assert limit.hung_up
+
+
+def test_an_answer_that_nobody_ever_reads_is_no_way_to_hang(pair: Pair) -> None:
+    """It helps for some time only."""
+    with time_limit(0.01) as limit:
+        limit.watch(pair[0].fileno())
+        pair[1].send(b"x")
+        wait_until(lambda: limit.hung_up, LONG)
+
+
+def test_a_connection_that_broke_before_is_no_answer(pair: Pair) -> None:
+    """Of those of a call the last is in use."""
+    ours, theirs = socket.socketpair()
+    with ours, time_limit(0.1) as limit:
+        limit.watch(ours.fileno())
+        theirs.close()
+        limit.watch(pair[0].fileno())
+        assert pair[0].recv(1) == b""
+        assert limit.hung_up
+
+
+def test_a_busy_process_is_given_time_once(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may not have come to reading; who hangs then is hung up on all the same."""
+    monkeypatch.setattr(deadline._clock, "process_time", time.monotonic)
+    started = time.monotonic()
+    with time_limit(0.1) as limit:
+        limit.watch(pair[0].fileno())
+        assert pair[0].recv(1) == b""
+        assert limit.hung_up
+    assert 0.2 <= time.monotonic() - started < LONG / 2
+
+
+def test_between_two_statements_the_time_stands_still(pair: Pair) -> None:
+    """What this process does there is not the server's fault, what it waited is."""
+    with time_limit(0.2) as limit:
+        limit.watch(pair[0].fileno())
+        limit.asks()
+        time.sleep(0.05)
+        limit.answered()
+        left = limit.remaining
+        assert 0 < left < 0.16
+        with time_limit(0.3) as other:
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                other.watch(ours.fileno())
+                assert ours.recv(1) == b""
+        assert not limit.hung_up
+        assert limit.remaining == left
+        started = time.monotonic()
+        limit.asks()
+        assert pair[0].recv(1) == b""
+        assert limit.hung_up
+        assert left - 0.01 < time.monotonic() - started < LONG / 2
+        with pytest.raises(NoTimeLeft):
+            limit.asks()
 
 
 def test_many_calls_at_once(pair: Pair) -> None:

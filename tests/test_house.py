@@ -41,10 +41,10 @@ LEVELS = {
     "sql_errors": 1,
     "patience": 1,
     "gate": 2,
-    "deadline": 1,
-    "connections": 2,
-    "calls": 3,
-    "sql": 4,
+    "deadline": 2,
+    "connections": 3,
+    "calls": 4,
+    "sql": 5,
     # who waits for whom
     "turns": 1,
     # all copies, the row
