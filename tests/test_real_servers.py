@@ -60,6 +60,10 @@ class Browser:
         response = self._connection.getresponse()
         body = response.read()
         self.statuses[response.status] += 1
+        return self.page_of(response, body)
+
+    def page_of(self, response: http.client.HTTPResponse, body: bytes) -> Any:
+        """The page of a response, whose cookie is kept; None where there is none."""
         for header in response.headers.get_all("Set-Cookie") or ():
             self.cookie = parse_cookie(header).get("session") or None
         return json.loads(body) if response.status == 200 else None
