@@ -134,6 +134,8 @@ def black_hole() -> Iterator[str]:
     for one in waiting:
         one.setblocking(False)
         one.connect_ex(listener.getsockname())
-    yield f"inet:127.0.0.1:{listener.getsockname()[1]}"
-    for one in (*waiting, listener):
-        one.close()
+    try:
+        yield f"inet:127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        for one in (*waiting, listener):
+            one.close()
