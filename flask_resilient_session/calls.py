@@ -20,6 +20,7 @@ from .connections import POSTGRESQL, SQLITE, is_in_memory
 from .deadline import NoTimeLeft, TimeLimit, TooLate, time_limit
 from .errors import SqlBusy, SqlUnavailable
 from .gate import Gate
+from .patience import wait_for
 from .sql_errors import MIGRATE, explain, was_undone
 
 #: How often a statement is sent again that the database undid for the sake of another.
@@ -126,7 +127,10 @@ class Calls:
         limit: TimeLimit,
     ) -> _Result:
         with engine.connect() as connection:
-            self._limit_lock_wait(connection, limit.remaining)
+            remaining = limit.remaining
+            if not remaining:
+                raise TooLate("connecting took all the time")
+            self._limit_lock_wait(connection, remaining)
             return call(connection)
 
     def _failed(self, error: sa.exc.SQLAlchemyError, limit: TimeLimit) -> str:
@@ -156,7 +160,7 @@ class Calls:
         here = self._here
         engine = here.engine
         if engine is None or not here.table_is_there:
-            if not here.lock.acquire(timeout=remaining):
+            if not wait_for(here.lock.acquire, remaining, self._clock):
                 raise SqlBusy("SQL is still being connected to for the first time")
             try:
                 engine = here.engine = here.engine or self._new_engine()

@@ -40,6 +40,10 @@ from .patience import Stopwatch, wait_for
 #: Attempts to reach one database that may be waiting although they were given up.
 MOST_GIVEN_UP: Final = 8
 
+#: Seconds after an attempt in which no further one is made past that number. Those that
+#: hang for minutes must not keep a database out that has come back.
+_TRY_AGAIN: Final = 5.0
+
 _clock: Final = SystemClock()
 _monotonic = _clock.monotonic
 
@@ -209,8 +213,10 @@ def connect_within(
     threads = original("_thread") if blocks else importlib.import_module("_thread")
     attempt = _Attempt(connect, close, whom, timekeeper, threads.allocate_lock())
     with timekeeper.mutex:
-        if timekeeper.given_up[whom] >= MOST_GIVEN_UP:
+        now = _monotonic()
+        if timekeeper.given_up[whom] >= MOST_GIVEN_UP and now < timekeeper.try_again_at:
             raise NobodyAnswers("earlier attempts to connect are still waiting")
+        timekeeper.try_again_at = now + _TRY_AGAIN
     threads.start_new_thread(attempt.run, ())
     return attempt.result(seconds)
 
@@ -251,14 +257,10 @@ class _Attempt:
                 self._close(self._connection)
         self._done.release()
 
-    def _is_done(self, seconds: float) -> bool:
-        done = self._done.acquire(seconds > 0, seconds if seconds > 0 else -1)
-        return bool(done)
-
     def result(self, seconds: float) -> Any:
         """The connection, or why there is none."""
         try:
-            wait_for(self._is_done, seconds, _clock, rounds=2)
+            wait_for(self._done.acquire, seconds, _clock, rounds=2)
         finally:
             with self._timekeeper.mutex:
                 self._given_up = not self._finished
@@ -280,6 +282,7 @@ class _Timekeeper:
     :ivar mutex: held for a few instructions at a time.
     :ivar limits: of the calls that use a connection now.
     :ivar given_up: attempts to connect that nobody waits for any more.
+    :ivar try_again_at: when another one is made although many of them hang.
     """
 
     def __init__(self) -> None:
@@ -287,6 +290,7 @@ class _Timekeeper:
         self.mutex = threads.allocate_lock()
         self.limits: set[TimeLimit] = set()
         self.given_up: Counter[Hashable] = Counter()
+        self.try_again_at = 0.0
         self._alarm = threads.allocate_lock()
         self._alarm.acquire()
         self._start_thread = threads.start_new_thread

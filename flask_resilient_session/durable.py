@@ -47,6 +47,9 @@ _FIRST_VERSION: Final = 1
 #: Seconds that make no difference between two durations.
 _MOMENT: Final = 0.001
 
+#: The deadline of a call that has SQL's whole timeout, which begins when it is made.
+_NEVER: Final = float("inf")
+
 #: Ends that a process remembers while SQL does not answer; about 300 bytes each.
 _MOST_DEBTS: Final = 1000
 
@@ -281,7 +284,7 @@ class Durable:
     ) -> _Result:
         """Make a call when its turn has come; SQL's own time begins then.
 
-        :param call: is given a monotonic deadline.
+        :param call: is given a monotonic deadline, beside SQL's own timeout.
         :param writes: it goes before those who read.
         :param can_wait: make it only where nobody else wants the place.
         """
@@ -296,7 +299,9 @@ class Durable:
             return self._guarded(call, patience)
 
     def _guarded(self, call: Callable[[float], _Result], patience: Patience) -> _Result:
-        given = min(self._sql_timeout, patience.left)
+        """Make a call, and let the breaker know what became of it."""
+        given = patience.left
+        short = given < self._sql_timeout - _MOMENT
         if given <= 0:
             raise SqlBusy("this request's time was over when its turn at SQL came")
         began = self._clock.monotonic()
@@ -304,12 +309,11 @@ class Durable:
             raise SqlUnavailable("SQL is skipped for a while after failures")
         try:
             with patience.waiting(self._sql_timeout):
-                result = call(began + given)
+                result = call(began + given if short else _NEVER)
         except SqlBusy:
             raise
         except SqlUnavailable as error:
-            late = self._clock.monotonic() - began >= given
-            if late and given < self._sql_timeout - _MOMENT:
+            if short and self._clock.monotonic() - began >= given:
                 # It had less than its time, and may be well.
                 raise SqlBusy(f"this request waited elsewhere, then: {error}") from None
             self._observer.count("sql_faults")
@@ -335,9 +339,8 @@ class Durable:
         except IndexError:  # another thread was faster
             return
         try:
-            given = min(self._sql_timeout, patience.left)
             with patience.waiting(self._sql_timeout):
-                until = self._clock.monotonic() + given
+                until = self._clock.monotonic() + patience.left
                 self._sql.bury(row, until, has_row=True)
         except SqlUnavailable:
             self._debts.append(row)

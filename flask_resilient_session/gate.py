@@ -80,11 +80,7 @@ class Gate:
         if seconds <= 0:
             raise SqlBusy(_TOO_MANY)
         try:
-            has_come = wait_for(
-                lambda wait: turn.acquire(wait > 0, wait if wait > 0 else -1),
-                seconds,
-                self._clock,
-            )
+            has_come = wait_for(turn.acquire, seconds, self._clock)
         except BaseException:
             if not self._withdraws(turn, queue):
                 self._leave()

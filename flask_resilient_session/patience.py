@@ -76,24 +76,23 @@ class Patience:
 
 
 def wait_for(
-    happens: Callable[[float], bool],
+    acquire: Callable[[bool, float], bool],
     seconds: float,
     clock: Clock,
     *,
     rounds: int = 10,
 ) -> bool:
-    """Wait for something, on and on while this process is busy with something else.
+    """Wait for a lock, on and on while this process is busy with something else.
 
-    :param happens: waits for that many seconds at most; whether it has happened. With
-        0 seconds it only looks.
+    :param acquire: the lock's.
     :param rounds: how often at most it is waited for so long.
-    :returns: whether it has happened.
+    :returns: whether it was got, at the latest by a last look without waiting.
     """
     for _ in range(rounds):
         watch = Stopwatch(clock)
-        if happens(seconds):
+        if acquire(True, seconds):
             return True
         seconds -= watch.waited
         if seconds < _MOMENT:
             break
-    return happens(0)
+    return acquire(False, -1)

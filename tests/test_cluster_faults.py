@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,12 +23,12 @@ from builders import (
 from flask_resilient_session import cluster as cluster_module
 from flask_resilient_session.events import node_down, node_up
 from flask_resilient_session.health import Breaker
-from flask_resilient_session.node import Connecting
-from flask_resilient_session.record import Hit, Miss, Unreachable
+from flask_resilient_session.node import Connecting, _Connection
+from flask_resilient_session.record import Hit, Miss, Reply, Unreachable
 from flask_resilient_session.wire import Ack
 from misbehaving import FakeServer, answering, black_hole, hang
 from pairs import KEY, SEALED, STORED_KEY, pair_of, read, real_pair
-from servers import Memcached
+from servers import Memcached, wait_until
 
 pytestmark = pytest.mark.usefixtures("nodes_are_closed")
 
@@ -163,6 +164,34 @@ def test_nodes_are_connected_to_at_once() -> None:
             assert {type(one) for one in read(cluster).values()} == {Unreachable}
             assert time.monotonic() - started < 0.7
     assert cluster.suspects() == {FIRST_HOME, SECOND_HOME}
+
+
+def test_a_node_that_connects_is_asked_while_another_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody waits for the deaf one before the request is sent."""
+    looks: list[object] = []
+    is_connected = _Connection.is_connected
+
+    def not_at_once(connection: _Connection) -> bool:
+        if connection not in looks:
+            looks.append(connection)
+            return False
+        return is_connected(connection)
+
+    monkeypatch.setattr(_Connection, "is_connected", not_at_once)
+    with black_hole() as deaf, FakeServer(answering(b"END\r\n")) as server:
+        cluster = pair_of(
+            new_node(deaf), new_node(server.address, SECOND_HOME), node_timeout=2.0
+        )
+        replies: list[dict[str, Reply]] = []
+        thread = threading.Thread(target=lambda: replies.append(read(cluster)))
+        thread.start()
+        wait_until(lambda: server.requests, 20, "the request")
+        assert thread.is_alive()
+        assert not replies
+        thread.join(20)
+        assert replies[0][SECOND_HOME] == Miss()
 
 
 def test_a_node_that_answered_is_well_however_late_that_is_noticed(

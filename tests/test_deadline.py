@@ -279,6 +279,10 @@ def test_few_attempts_stay_behind() -> None:
         connect(LONG, hang)
     assert len(threads) == MOST_GIVEN_UP
     assert connect(LONG, lambda: 1, whom="b") == 1
+    # One that has come back is found, however long those still hang.
+    timekeeper = deadline._timekeeper()
+    timekeeper.try_again_at = time.monotonic()
+    assert connect(LONG, lambda: 1) == 1
     go.set()
     wait_until(lambda: given_up() == 0, LONG)
     assert connect(LONG, lambda: 1) == 1

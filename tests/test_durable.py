@@ -322,7 +322,7 @@ def test_sql_that_was_left_no_time_is_busy(sql: SwitchedSql) -> None:
 
     class Hung:
         def read(self, key: str, deadline: float) -> None:
-            time.sleep(max(deadline - time.monotonic(), 0))
+            time.sleep(max(min(deadline - time.monotonic(), 0.1), 0))
             raise SqlUnavailable("SQL did not answer in time")
 
     breaker = usual_breaker()

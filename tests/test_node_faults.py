@@ -177,6 +177,39 @@ def test_a_deadline_long_past_still_reads_what_is_there(memcached: Memcached) ->
     assert answer.data == b"there"
 
 
+def test_a_reply_that_comes_as_the_time_is_up_is_read(memcached: Memcached) -> None:
+    """A wait that timed out is followed by a last look, without waiting."""
+    node = real_node(memcached)
+    memcached.raw_set("k", b"there")
+    exchange = node.send(Get("k", LIMIT), time.monotonic() + 10)
+    connection = exchange._connection
+    assert connection is not None
+
+    class Late:
+        """A socket whose process comes back too late from its first wait."""
+
+        def __init__(self, inner: socket.socket) -> None:
+            self._inner = inner
+            self._waits = False
+
+        def settimeout(self, seconds: float) -> None:
+            self._waits = seconds > 0
+            self._inner.settimeout(seconds)
+
+        def recv(self, size: int) -> bytes:
+            if self._waits:
+                wait_until(lambda: memcached.stats()["get_hits"] == "1")
+                raise TimeoutError
+            return self._inner.recv(size)
+
+    inner = connection.socket
+    connection.socket = Late(inner)  # type: ignore[assignment]
+    answer = exchange.receive()
+    connection.socket = inner
+    assert isinstance(answer, Value)
+    assert answer.data == b"there"
+
+
 def test_a_connection_that_is_there_is_used_however_late_that_is_noticed() -> None:
     """Its time is over, but what it has connected to answers."""
     with FakeServer(answering(b"END\r\n")) as server, black_hole() as address:

@@ -70,49 +70,49 @@ def test_time_between_two_waits_does_not_count() -> None:
     assert patience.left == 0.5
 
 
+class Lock:
+    """One that is got at some look, if ever.
+
+    :ivar asked: the seconds of each look; -1 where it did not wait.
+    """
+
+    def __init__(self, clock: HandClock, *, busy: bool, got_at: int = 0) -> None:
+        self._clock = clock
+        self._busy = busy
+        self._got_at = got_at
+        self.asked: list[float] = []
+
+    def acquire(self, wait: bool, seconds: float) -> bool:
+        """As a lock's."""
+        assert wait == (seconds >= 0)
+        self.asked.append(seconds)
+        if wait and self._busy:
+            self._clock.busy += seconds
+        elif wait:
+            self._clock.idle += seconds
+        return len(self.asked) == self._got_at
+
+
 def test_a_busy_process_goes_on_waiting() -> None:
     """It has waited for less than it may, when its time is up by the clock."""
     clock = HandClock()
-    asked: list[float] = []
-
-    def happens(seconds: float) -> bool:
-        asked.append(seconds)
-        clock.busy += seconds
-        return len(asked) == 4
-
-    assert wait_for(happens, 0.5, clock)
-    assert asked == [0.5] * 4
+    lock = Lock(clock, busy=True, got_at=4)
+    assert wait_for(lock.acquire, 0.5, clock)
+    assert lock.asked == [0.5] * 4
 
 
 def test_what_never_happens_is_given_up() -> None:
     """After its time, with a last look; at some point though the process is busy."""
     clock = HandClock()
-    asked: list[float] = []
-
-    def idle(seconds: float) -> bool:
-        asked.append(seconds)
-        clock.idle += seconds
-        return False
-
-    assert not wait_for(idle, 0.5, clock)
-    assert asked == [0.5, 0]
-    asked.clear()
-
-    def busy(seconds: float) -> bool:
-        asked.append(seconds)
-        clock.busy += seconds
-        return False
-
-    assert not wait_for(busy, 0.5, clock)
-    assert len(asked) < 20
+    lock = Lock(clock, busy=False)
+    assert not wait_for(lock.acquire, 0.5, clock)
+    assert lock.asked == [0.5, -1]
+    lock = Lock(clock, busy=True)
+    assert not wait_for(lock.acquire, 0.5, clock, rounds=3)
+    assert lock.asked == [0.5, 0.5, 0.5, -1]
 
 
 def test_a_last_look_finds_what_has_happened() -> None:
     """However late it is."""
     clock = HandClock()
-
-    def happens(seconds: float) -> bool:
-        clock.idle += seconds
-        return seconds == 0
-
-    assert wait_for(happens, 0.5, clock)
+    assert wait_for(Lock(clock, busy=False, got_at=2).acquire, 0.5, clock)

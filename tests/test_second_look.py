@@ -104,6 +104,23 @@ def test_a_child_starts_with_places_of_its_own(site: Site) -> None:
         gate._leave()
 
 
+def test_without_nodes_there_is_the_same_gate(sites: Sites) -> None:
+    """SQL alone is asked by as many at once, and who finds no place comes again."""
+    site = sites(
+        RESILIENT_SESSION_NODES=[],
+        RESILIENT_SESSION_SQL_CONCURRENCY=1,
+        RESILIENT_SESSION_SQL_TIMEOUT=0.1,
+    )
+    site.set(a=1)
+    gate = site.state.store.durable._gate
+    gate._enter(0, gate._readers)
+    response = site.browser.get("/")
+    assert response.status_code == 503
+    assert response.headers["Retry-After"]
+    gate._leave()
+    assert site.data() == {"a": 1}
+
+
 def test_an_end_with_a_farewell_is_an_end(site: Site) -> None:
     """``clear()`` and ``flash()`` in one request: one session ends, another begins."""
 
