@@ -177,7 +177,7 @@ class Cluster:
     ) -> list[tuple[Parsed | Unreachable, int]]:
         """Send all, then read all; results in the order of the requests."""
         results: list[tuple[Parsed | Unreachable, int]] = [
-            (Unreachable("skipped while it is suspected"), 0)
+            (Unreachable("skipped after it has failed"), 0)
         ] * len(requests)
         under_way: dict[int, ExchangeLike] = {}
         try:

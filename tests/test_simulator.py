@@ -12,9 +12,9 @@ from simulator.mutations import MUTATIONS, Mutation
 from simulator.plan import CLASSES, EDGES, make_plan
 from simulator.search import explain, run_plan, run_seed
 
-#: Schedules of each class, in parts: 16 * 4 * 160 are 10240.
+#: Schedules of each class, in parts: 26 * 4 * 100 are 10400.
 PARTS = 4
-SCHEDULES = 160
+SCHEDULES = 100
 
 #: Schedules in which a rule that is switched off has to be noticed.
 NOTICED_WITHIN = 3000
