@@ -260,7 +260,9 @@ def join_all(records: Sequence[Record]) -> Record:
     """What one or more records hold together."""
     joined = records[0]
     for record in records[1:]:
-        joined = join_records(joined, record)
+        # Copies of the same bytes are one object, and the rule.
+        if record is not joined:
+            joined = join_records(joined, record)
     return joined
 
 
