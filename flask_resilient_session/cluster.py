@@ -15,16 +15,23 @@ from .clock import Clock
 from .envelope import ENVELOPE_ALLOWANCE, CorruptBytes, Keyring, UnknownFormat
 from .events import Observer, logger, node_down, node_up
 from .health import Breaker
-from .node import Connecting, NodeFault, finish_connecting
+from .node import NodeFault, ToSend, send_all
 from .patience import Patience
 from .record import Corrupt, Hit, Miss, Reply, Token, Unreachable
 from .wire import Absent, Ack, Add, Cas, Delete, Get, Parsed, Request, Set
 
 
-class ExchangeLike(Connecting, Protocol):
+class ExchangeLike(ToSend, Protocol):
     """See :class:`flask_resilient_session.node.Exchange`."""
 
     read_at: int
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no connection can carry its request."""
+
+    def give_up(self) -> None:
+        """Leave the request unsent: a conflict."""
 
     def receive(self) -> Parsed:
         """The reply."""
@@ -37,7 +44,7 @@ class NodeLike(Protocol):
     """See :class:`flask_resilient_session.node.Node`."""
 
     def send(self, request: Request, deadline: float) -> ExchangeLike:
-        """Send a request, or begin to connect."""
+        """Begin an exchange."""
 
     def drop_idle(self) -> None:
         """Close what is not in use."""
@@ -187,7 +194,12 @@ class Cluster:
                     if node is not None:
                         under_way[index] = node.send(request, self._until())
                 asked = bool(under_way)
-                finish_connecting(under_way.values())
+                swaps = [e for i, e in under_way.items() if _is_swap(requests[i])]
+                if any(exchange.hopeless for exchange in swaps):
+                    # All or none: what one home takes alone only SQL can settle.
+                    for exchange in swaps:
+                        exchange.give_up()
+                send_all(under_way.values())
                 for index in list(under_way):
                     exchange = under_way.pop(index)
                     name = requests[index][0]
@@ -244,3 +256,7 @@ class Cluster:
         if self._breakers[name].admits(self._clock.monotonic()):
             return self._nodes[name]
         return None
+
+
+def _is_swap(request: tuple[str, Request]) -> bool:
+    return isinstance(request[1], Cas)

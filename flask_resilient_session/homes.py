@@ -88,10 +88,8 @@ class Homes:
         """
         acks: dict[str, Ack] = {}
         # In the same order for everybody: the homes' on the ring.
-        for name in [home for home in self.names(access) if home in places]:
-            if acks and access.patience.is_over:
-                acks[name] = Ack.UNREACHABLE
-            elif Ack.CONFLICT not in acks.values():
+        for name in self.names(access):
+            if name in places and Ack.CONFLICT not in acks.values():
                 acks |= self.write(access, copy, {name: places[name]}, now_ms)
         return acks
 

@@ -1,4 +1,4 @@
-"""One memcached node: its connections, and one exchange in two halves.
+"""One memcached node: its connections, and one exchange in three steps.
 
 Connecting, sending and receiving are separate, so that a caller can connect to two
 nodes at once, and send to both before it reads from either. The connections come from
@@ -162,11 +162,11 @@ class _Connection:
             self.close()
 
 
-class Connecting(Protocol):
-    """What :func:`finish_connecting` asks of an exchange."""
+class ToSend(Protocol):
+    """What :func:`send_all` asks of an exchange."""
 
     @property
-    def connecting(self) -> bool:
+    def unsent(self) -> bool:
         """Whether its request could not be sent yet."""
 
     @property
@@ -189,7 +189,7 @@ class Exchange:
 
     __slots__ = (
         *("_clock", "_connection", "_data", "_fault", "_node", "_request"),
-        *("_timeout", "_watch", "deadline", "read_at"),
+        *("_sent", "_timeout", "_watch", "deadline", "read_at"),
     )
 
     def __init__(self, node: Node, request: Request, deadline: float) -> None:
@@ -200,6 +200,7 @@ class Exchange:
         self._connection: _Connection | None = None
         self._fault: NodeFault | None = None
         self._watch: Stopwatch | None = None
+        self._sent = False
         self._timeout = deadline - self._clock.monotonic()
         #: Monotonic time.
         self.deadline = deadline
@@ -208,10 +209,14 @@ class Exchange:
         self.read_at = 0
 
     @property
-    def connecting(self) -> bool:
-        """Whether its request could not be sent yet; see :func:`finish_connecting`."""
-        connection = self._connection
-        return connection is not None and not connection.opened_at
+    def unsent(self) -> bool:
+        """Whether its request is not sent yet; see :func:`send_all`."""
+        return self._connection is not None and not self._sent
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether no connection can carry its request."""
+        return self._connection is None and self._fault is None
 
     @property
     def seconds_left(self) -> float:
@@ -224,18 +229,23 @@ class Exchange:
         return self._connection.socket.fileno()
 
     def begin(self) -> None:
-        """Send the request, if there is a connection; otherwise begin to connect.
+        """Take a connection, or begin to make one; nothing is sent yet.
 
         A fault is kept for :meth:`receive`.
         """
         self._data = self._request.encode()
         with _Faults(self):
             self._connection = self._node.take(self._request)
-            if self.connecting:
+            if self.unsent:
                 self._watch = Stopwatch(self._clock)
-                self._send_if_connected()
-            elif self._connection is not None:
-                self._send(self._connection, self._timeout)
+
+    def give_up(self) -> None:
+        """Leave the request unsent; a conflict for :meth:`receive`."""
+        connection, self._connection = self._connection, None
+        if connection is not None and connection.opened_at:
+            self._node.give(connection)
+        elif connection is not None:
+            connection.close()
 
     def go_on(self) -> bool:
         """Send the request if it is connected by now; whether that is settled."""
@@ -250,6 +260,9 @@ class Exchange:
         connection, watch = self._connection, self._watch
         assert connection is not None
         assert watch is not None
+        if connection.opened_at:
+            self._send(connection, self._timeout)
+            return True
         if not connection.is_connected():
             return False
         connection.opened_at = self._node.tick()
@@ -258,6 +271,7 @@ class Exchange:
         return True
 
     def _send(self, connection: _Connection, seconds: float) -> None:
+        self._sent = True
         self.read_at = self._node.tick()
         try:
             connection.send(self._data, seconds)
@@ -272,8 +286,8 @@ class Exchange:
 
         :raises NodeFault: the node did not answer as a node does.
         """
-        if self.connecting:
-            finish_connecting([self])
+        if self.unsent:
+            send_all([self])
         if self._fault is not None:
             raise self._fault
         if self._connection is None:
@@ -301,7 +315,7 @@ class Exchange:
             return self._connection.receive(self._request, self.deadline)
         except (_Stale, ConnectionResetError, BrokenPipeError):
             self._again_if_stale()
-            finish_connecting([self])
+            send_all([self])
             if self._fault is not None:
                 raise self._fault from None
             if self._connection is None:
@@ -324,16 +338,18 @@ class Exchange:
             # That may have been noticed late, after a wait for another node.
             self.deadline = self._clock.monotonic() + self._timeout
             self._watch = Stopwatch(self._clock)
+            self._sent = False
             self._connection = self._node.connect()
-            self._send_if_connected()
 
 
-def finish_connecting(exchanges: Iterable[Connecting]) -> None:
-    """Connect for all of them at once, and send each request as soon as it can be.
+def send_all(exchanges: Iterable[ToSend]) -> None:
+    """Send all requests, each as soon as it is connected; that goes on at once.
 
-    Those that are connected are left alone. A fault is kept for ``receive``.
+    Those that are sent are left alone. A fault is kept for ``receive``.
     """
-    waiting = [exchange for exchange in exchanges if exchange.connecting]
+    waiting = [
+        exchange for exchange in exchanges if exchange.unsent and not exchange.go_on()
+    ]
     while waiting:
         seconds = min(exchange.seconds_left for exchange in waiting)
         if seconds > 0:
@@ -395,7 +411,8 @@ class Node:
         self._ticks = itertools.count(1)
 
     def send(self, request: Request, deadline: float) -> Exchange:
-        """Send a request; :meth:`Exchange.receive` reads the reply.
+        """Begin an exchange: :func:`send_all` sends the request, unless
+        :meth:`Exchange.receive`, which reads the reply, comes first.
 
         :param deadline: monotonic time for the whole exchange, connecting included.
         """

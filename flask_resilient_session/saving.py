@@ -133,8 +133,6 @@ class Saver:
                     return live
                 raise self._steps.not_kept(access, NOBODY)
             live = verdict
-            if access.patience.is_over:
-                break
         if courtesy:
             return live
         raise self._steps.not_kept(access, TOO_MANY)

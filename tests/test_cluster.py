@@ -172,3 +172,18 @@ def test_equal_copies_are_opened_once(
         server.raw_set(STORED_KEY, b"garbage")
     assert all(isinstance(reply, Corrupt) for reply in read(cluster).values())
     assert unseal(KEYRING, KEY, b"garbage") == CorruptBytes()
+
+
+def test_homes_are_swapped_all_or_none(nodes: list[Memcached]) -> None:
+    """Where one cannot be asked for want of an old connection, none is."""
+    cluster = real_pair(nodes)
+    write(cluster, cluster.place(KEY, SEALED, 60, None))
+    tokens = [r.token for r in read(cluster).values() if isinstance(r, Hit)]
+    cluster._nodes[SECOND_HOME].drop_idle()
+    newer = KEYRING.seal(KEY, record(writes=5))
+    requests = [
+        (name, cluster.place(KEY, newer, 60, token))
+        for name, token in zip(PAIR, tokens, strict=True)
+    ]
+    assert cluster.write(requests, patient()) == [Ack.CONFLICT, Ack.CONFLICT]
+    assert [node.raw_get(STORED_KEY) for node in nodes] == [SEALED, SEALED]

@@ -23,7 +23,7 @@ from builders import (
 from flask_resilient_session import cluster as cluster_module
 from flask_resilient_session.events import node_down, node_up
 from flask_resilient_session.health import Breaker
-from flask_resilient_session.node import Connecting, _Connection
+from flask_resilient_session.node import ToSend, _Connection
 from flask_resilient_session.record import Hit, Miss, Reply, Unreachable
 from flask_resilient_session.wire import Ack
 from misbehaving import FakeServer, answering, black_hole, hang
@@ -200,13 +200,13 @@ def test_a_node_that_answered_is_well_however_late_that_is_noticed(
     """While this process was busy both have answered, on connections old and new."""
     cluster = real_pair(nodes, node_timeout=0.05, new_breaker=usual_breaker)
     nodes[0].raw_set(STORED_KEY, SEALED)
-    finish = cluster_module.finish_connecting
+    finish = cluster_module.send_all
 
-    def late(exchanges: Iterable[Connecting]) -> None:
+    def late(exchanges: Iterable[ToSend]) -> None:
         finish(exchanges)
         time.sleep(0.1)
 
-    monkeypatch.setattr(cluster_module, "finish_connecting", late)
+    monkeypatch.setattr(cluster_module, "send_all", late)
     for _ in range(3):
         replies = read(cluster)
         assert isinstance(replies[FIRST_HOME], Hit)

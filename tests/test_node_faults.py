@@ -17,7 +17,7 @@ from builders import (
     new_node,
     real_node,
 )
-from flask_resilient_session.node import NodeFault
+from flask_resilient_session.node import NodeFault, send_all
 from flask_resilient_session.wire import (
     Absent,
     Ack,
@@ -170,6 +170,7 @@ def test_a_deadline_long_past_still_reads_what_is_there(memcached: Memcached) ->
     node = real_node(memcached)
     memcached.raw_set("k", b"there")
     exchange = node.send(Get("k", LIMIT), time.monotonic() + 10)
+    send_all([exchange])
     wait_until(lambda: memcached.stats()["get_hits"] == "1")
     exchange.deadline = time.monotonic() - 5
     answer = exchange.receive()
@@ -182,6 +183,7 @@ def test_a_reply_that_comes_as_the_time_is_up_is_read(memcached: Memcached) -> N
     node = real_node(memcached)
     memcached.raw_set("k", b"there")
     exchange = node.send(Get("k", LIMIT), time.monotonic() + 10)
+    send_all([exchange])
     connection = exchange._connection
     assert connection is not None
 
@@ -215,7 +217,7 @@ def test_a_connection_that_is_there_is_used_however_late_that_is_noticed() -> No
     with FakeServer(answering(b"END\r\n")) as server, black_hole() as address:
         node = new_node(address)
         exchange = node.send(Get("k", LIMIT), time.monotonic() + 10)
-        assert exchange.connecting
+        assert exchange.unsent
         # As if the network had let it through while this process was busy.
         assert exchange._connection is not None
         exchange._connection.close()

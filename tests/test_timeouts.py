@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypeAlias
 
 import pytest
 
@@ -22,6 +22,9 @@ UNFORGIVING: Final = {
     "RESILIENT_SESSION_NODE_RETRY": 600,
     "RESILIENT_SESSION_NODE_RETRY_MAX": 600,
 }
+
+
+Check: TypeAlias = Callable[[], None]
 
 
 def hurried(lab: Lab, timeouts: tuple[float, float], **addresses: str) -> Worker:
@@ -50,27 +53,26 @@ def is_served(user: User, *hung: str) -> None:
     assert worker.stats["unavailable"] == 0
 
 
-def one_frozen(lab: Lab, timeouts: tuple[float, float]) -> None:
+def one_frozen(lab: Lab, timeouts: tuple[float, float], _: ExitStack) -> Check:
     """One node takes requests and answers none, on connections old and new."""
     user = lab.member(x=1)
-    worker = hurried(lab, timeouts)
-    visitor = user.at(worker)
+    visitor = user.at(hurried(lab, timeouts))
     assert visitor.sees() == {"_user_id": "7", "x": 1}
-    lab.servers[lab.name(user, SECOND)].freeze()
-    is_served(visitor, lab.name(user, SECOND))
+    hung = lab.name(user, SECOND)
+    lab.servers[hung].freeze()
+    return partial(is_served, visitor, hung)
 
 
-def deaf(lab: Lab, timeouts: tuple[float, float], *roles: str) -> None:
+def deaf(
+    lab: Lab, timeouts: tuple[float, float], stack: ExitStack, *roles: str
+) -> Check:
     """Some nodes do not even answer to a wish to connect."""
     user = lab.member(x=1)
-    with ExitStack() as stack:
-        holes = {
-            lab.name(user, role): stack.enter_context(black_hole()).removeprefix(
-                "inet:"
-            )
-            for role in roles
-        }
-        is_served(user.at(hurried(lab, timeouts, **holes)), *holes)
+    holes = {
+        lab.name(user, role): stack.enter_context(black_hole())[len("inet:") :]
+        for role in roles
+    }
+    return partial(is_served, user.at(hurried(lab, timeouts, **holes)), *holes)
 
 
 @pytest.mark.parametrize("timeouts", TIMEOUTS)
@@ -78,17 +80,16 @@ def test_who_hangs_costs_nobody_a_session(
     timeouts: tuple[float, float], memcached_pool: MemcachedPool, tmp_path: Path
 ) -> None:
     """One node frozen, one deaf, both deaf: with SQL well each request is served."""
-    faults: list[Callable[[Lab], Any]] = [
-        lambda lab: one_frozen(lab, timeouts),
-        lambda lab: deaf(lab, timeouts, FIRST),
-        lambda lab: deaf(lab, timeouts, FIRST, SECOND),
-    ]
+    with ExitStack() as stack:
 
-    def go(number: int) -> None:
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        with memcached_pool.lend(2) as nodes, new_lab(nodes, folder) as lab:
-            faults[number](lab)
+        def new(name: str) -> Lab:
+            (tmp_path / name).mkdir()
+            nodes = stack.enter_context(memcached_pool.lend(2))
+            return stack.enter_context(new_lab(nodes, tmp_path / name))
 
-    outcomes = run_together(*[partial(go, number) for number in range(len(faults))])
-    assert outcomes == [None] * len(faults)
+        checks = [
+            one_frozen(new("frozen"), timeouts, stack),
+            deaf(new("deaf"), timeouts, stack, FIRST),
+            deaf(new("both"), timeouts, stack, FIRST, SECOND),
+        ]
+        assert run_together(*checks) == [None] * len(checks)

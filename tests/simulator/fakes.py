@@ -175,7 +175,8 @@ class Server:
 class Exchange:
     """One request to a server and its reply."""
 
-    connecting = False
+    unsent = False
+    hopeless = False
 
     def __init__(self, node: FakeNode, request: Request, deadline: float) -> None:
         self.node = node
