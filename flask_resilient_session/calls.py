@@ -17,11 +17,11 @@ import sqlalchemy as sa
 
 from .clock import Clock
 from .connections import POSTGRESQL, SQLITE, is_in_memory
-from .deadline import NoTimeLeft, TimeLimit, TooLate, time_limit
 from .errors import SqlBusy, SqlUnavailable
 from .gate import Gate
 from .patience import wait_for
 from .sql_errors import MIGRATE, explain, was_undone
+from .watchdog import NoTimeLeft, TimeLimit, TooLate, time_limit
 
 #: How often a statement is sent again that the database undid for the sake of another.
 _MOST_DEADLOCKS: Final = 5
@@ -29,7 +29,7 @@ _MOST_DEADLOCKS: Final = 5
 _Result = TypeVar("_Result")
 
 
-class Calls:
+class SqlCalls:
     """Makes calls on the connections of one table.
 
     :param table: has to be there before the first call.
@@ -59,7 +59,7 @@ class Calls:
         self._processes: dict[int, _Process] = {}
         _in_this_process.add(self)
 
-    def make(
+    def run(
         self,
         call: Callable[[sa.Connection], _Result],
         deadline: float,
@@ -72,7 +72,7 @@ class Calls:
         :param patient: no request waits: it may take until its deadline.
         :raises SqlUnavailable: SQL did not do it.
         """
-        with self._gate.place(self._remaining(deadline, patient)):
+        with self._gate.slot(self._remaining(deadline, patient)):
             remaining = self._remaining(deadline, patient)
             with time_limit(remaining) as limit:
                 return self._make(call, limit)
@@ -247,7 +247,7 @@ def transaction(connection: sa.Connection) -> Iterator[Callable[[], None]]:
 
 
 #: Those whose idle connections no child process may inherit.
-_in_this_process: Final[weakref.WeakSet[Calls]] = weakref.WeakSet()
+_in_this_process: Final[weakref.WeakSet[SqlCalls]] = weakref.WeakSet()
 
 
 def _close_before_fork() -> None:

@@ -24,7 +24,7 @@ from .revocation import Revoker, RevokeReport
 EXIT_DONE: Final = 0
 EXIT_SQL_FAILED: Final = 1
 EXIT_UNCHECKED: Final = 3
-EXIT_REFUSED: Final = 4
+EXIT_ABORTED: Final = 4
 EXIT_STOPPED: Final = 5
 
 #: Make the reaper and the revoker of an application.
@@ -44,8 +44,8 @@ def exit_code(report: ReapReport) -> int:
     """The exit code of a pass: the first that holds."""
     if report.failed is not None:
         return EXIT_SQL_FAILED
-    if report.refused is not None:
-        return EXIT_REFUSED
+    if report.aborted is not None:
+        return EXIT_ABORTED
     if report.unchecked:
         return EXIT_UNCHECKED
     if report.stopped:
@@ -146,7 +146,7 @@ alive there is renewed, one that is dead is deleted, and one that cannot be chec
 kept. Safe to kill, to rerun and to run twice at once.
 
 Exit codes: 0 nothing left to do; 1 SQL failed; 3 some rows could not be checked and
-are kept; 4 refused, nothing more deleted; 5 stopped early by a limit or a signal.
+are kept; 4 aborted, nothing more deleted; 5 stopped early by a limit or a signal.
 """
 
 
@@ -197,7 +197,7 @@ def _revoke_exit_code(report: RevokeReport) -> int:
             " (RESILIENT_SESSION_NODES): their copies were not told.",
             err=True,
         )
-        return EXIT_REFUSED
+        return EXIT_ABORTED
     if report.untold:
         click.echo(
             f"Of {report.untold} of them a node could not be told. SQL has it: they"
@@ -272,7 +272,7 @@ def _archiver(file: IO[str]) -> Callable[[dict[str, Any]], None]:
 
 def _as_json(report: ReapReport) -> dict[str, Any]:
     fields = dataclasses.asdict(report)
-    fields["refused"] = None if report.refused is None else report.refused.value
+    fields["aborted"] = None if report.aborted is None else report.aborted.value
     fields["seconds"] = round(report.seconds, 3)
     return fields
 
@@ -280,8 +280,8 @@ def _as_json(report: ReapReport) -> dict[str, Any]:
 def _print(report: ReapReport, *, quiet: bool) -> None:
     if report.failed is not None:
         click.echo(f"SQL failed: {report.failed}", err=True)
-    if report.refused is not None:
-        click.echo(f"Refused: {report.refusal}.", err=True)
+    if report.aborted is not None:
+        click.echo(f"Aborted: {report.abort_reason}.", err=True)
     for reason, rows in sorted(report.reasons.items()):
         click.echo(f"Kept {rows}: {reason}.", err=True)
     if quiet:

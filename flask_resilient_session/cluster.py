@@ -18,7 +18,7 @@ from .health import Breaker
 from .node import NodeFault, ToSend, send_all
 from .patience import Patience
 from .record import Corrupt, Hit, Miss, Reply, Token, Unreachable
-from .wire import Absent, Ack, Add, Cas, Delete, Get, Parsed, Request, Set
+from .text_protocol import Absent, Ack, Add, Cas, Delete, Get, Parsed, Request, Set
 
 
 class ExchangeLike(ToSend, Protocol):
@@ -103,7 +103,7 @@ class Cluster:
 
     # --- requests, named by what they do to a session's copy ---------------------
 
-    def place(
+    def swap(
         self, session_key: str, data: bytes, exptime: int, token: Token | None
     ) -> Request:
         """Store a copy where ``token`` was read; where nothing was, for None."""
@@ -112,7 +112,7 @@ class Cluster:
             return Add(key, data, exptime)
         return Cas(key, data, exptime, token.value, token.read_at)
 
-    def bury(self, session_key: str, data: bytes, exptime: int) -> Request:
+    def put_tombstone(self, session_key: str, data: bytes, exptime: int) -> Request:
         """Store a tombstone, whatever stands there."""
         return Set(self._key_prefix + session_key, data, exptime)
 

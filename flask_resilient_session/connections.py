@@ -17,9 +17,9 @@ from typing import Any, Final
 
 import sqlalchemy as sa
 
-from .deadline import connect_within, current_limit, original
 from .errors import SetupError
 from .events import logger
+from .watchdog import connect_within, current_limit, original
 
 #: The names of SQLAlchemy's dialects.
 POSTGRESQL: Final = frozenset({"postgresql"})

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from .access import Access
+from .context import SessionContext
 from .errors import SqlUnavailable
 from .events import session_revoked, short
 from .record import Tombstone
 from .replication import Live, all_stored
 from .ring import PAIR
 from .steps import Steps
-from .wire import Ack
+from .text_protocol import Ack
 
 
 class Ender:
@@ -21,13 +21,13 @@ class Ender:
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
         self._homes = steps.homes
-        self._durable = steps.durable
+        self._rows = steps.rows
         self._clock = steps.clock
         self._observer = steps.observer
 
     def end(
         self,
-        access: Access,
+        context: SessionContext,
         live: Live | None,
         also: Iterable[str] = (),
         *,
@@ -43,21 +43,23 @@ class Ender:
         :param in_debt: whether both homes are enough while SQL is unreachable.
         :returns: names of the nodes that did not take the tombstone.
         """
-        homes = self._homes.names(access)
+        homes = self._homes.names(context)
         names = tuple(dict.fromkeys((*homes, *also)))
         tombstone = Tombstone("ended", self._clock.now_ms())
         record = None if live is None else live.record
         try:
-            self._durable.bury(access, tombstone, record)
+            self._rows.put_tombstone(context, tombstone, record)
         except SqlUnavailable as error:
             if not in_debt:
-                raise self._steps.not_kept(access, error) from error
-            acks = self._homes.bury(access, replace(tombstone, debt=True), names)
+                raise self._steps.not_kept(context, error) from error
+            acks = self._homes.put_tombstones(
+                context, replace(tombstone, debt=True), names
+            )
             if len(homes) < PAIR or not all_stored(acks, names):
-                raise self._steps.not_kept(access, error) from error
-            self._durable.owe(access, tombstone, record)
+                raise self._steps.not_kept(context, error) from error
+            self._rows.owe(context, tombstone, record)
         else:
-            acks = self._homes.bury(access, tombstone, names)
+            acks = self._homes.put_tombstones(context, tombstone, names)
         self._observer.count("revoked")
-        self._observer.send(session_revoked, session=short(access.session_key))
+        self._observer.send(session_revoked, session=short(context.session_key))
         return frozenset(n for n, ack in acks.items() if ack is Ack.UNREACHABLE)

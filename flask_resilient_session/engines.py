@@ -16,7 +16,7 @@ from flask_sqlalchemy import SQLAlchemy
 from .config import Settings
 from .connections import own_engine, plain_engine
 from .errors import SetupError
-from .rows import define_table
+from .table import define_table
 
 #: The file in the instance folder that holds sessions where no database is named.
 _DEFAULT_FILE: Final = "resilient_sessions.sqlite"

@@ -18,12 +18,11 @@ from flask import Flask, Response, appcontext_pushed, current_app
 from flask.sessions import SessionMixin
 from flask_sqlalchemy import SQLAlchemy
 
-from .calls import Calls
+from .calls import SqlCalls
 from .cli import reap_command, revoke_command
 from .clock import SystemClock
 from .cluster import Cluster
 from .config import Settings, load_settings
-from .durable import Durable
 from .engines import app_engine, default_engine, table_for
 from .errors import ConfigurationError, SessionUnavailable, SetupError
 from .events import Observer, Stats, logger, short
@@ -37,6 +36,7 @@ from .node import Node
 from .reaper import STATEMENT_SECONDS, Reaper, ReapOptions, ReapReport
 from .revocation import STEP_SECONDS, Revoker, SessionInfo
 from .ring import Ring, RingNode
+from .row import RowRepository
 from .session import Session
 from .sql import SqlTable
 from .store import Store
@@ -275,7 +275,7 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         observer=observer,
     )
     gate = Gate(settings.sql_concurrency, clock)
-    calls = Calls(
+    calls = SqlCalls(
         table_for(db, settings),
         lambda: _new_engine(app, settings),
         create_table=settings.create_table,
@@ -284,7 +284,7 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
         clock=clock,
     )
     sql = SqlTable(calls)
-    durable = Durable(
+    rows = RowRepository(
         sql,
         breaker=new_breaker(),
         gate=gate,
@@ -296,7 +296,7 @@ def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppStat
     )
     store = Store(
         homes=Homes(ring, cluster),
-        durable=durable,
+        rows=rows,
         max_bytes=settings.max_bytes,
         clock=clock,
         random=chance,
@@ -364,8 +364,8 @@ def _reap_after_response(app: Flask, state: AppState) -> None:
     options = ReapOptions(batch_size=_REAP_BATCH, limit=_REAP_BATCH)
     seconds = state.settings.patience
     report = state.new_reaper(app, seconds).run(options)
-    if report.failed is not None or report.refused is not None:
-        reason = report.failed or report.refusal
+    if report.failed is not None or report.aborted is not None:
+        reason = report.failed or report.abort_reason
         logger.warning("Reaping after a response did nothing: %s", reason)
 
 

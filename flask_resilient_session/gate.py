@@ -28,18 +28,18 @@ _Turn: TypeAlias = "threading.Lock"
 class Gate:
     """The places from which SQL can be asked.
 
-    :param places: how many there are.
+    :param slots: how many there are.
     """
 
-    def __init__(self, places: int, clock: Clock) -> None:
-        self.places = places
+    def __init__(self, slots: int, clock: Clock) -> None:
+        self.slots = slots
         self._clock = clock
         self.renew()
 
     def renew(self) -> None:
         """Start anew in a forked child: its parent's places and locks stay taken."""
         self._lock = threading.Lock()
-        self._free = self.places
+        self._free = self.slots
         self._writers: deque[_Turn] = deque()
         self._readers: deque[_Turn] = deque()
 
@@ -49,7 +49,7 @@ class Gate:
         return len(self._writers) + len(self._readers)
 
     @contextmanager
-    def place(self, seconds: float, *, writes: bool = False) -> Iterator[None]:
+    def slot(self, seconds: float, *, writes: bool = False) -> Iterator[None]:
         """A place; whoever has one already keeps it.
 
         :param seconds: to wait at most; 0: only where one is free.

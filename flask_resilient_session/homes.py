@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .access import Access
 from .cluster import Cluster
+from .context import SessionContext
 from .record import Copy, Reply, Token, Tombstone
 from .replication import to_remove
 from .ring import Ring
+from .text_protocol import Ack, Request
 from .times import expires_ms, exptime_seconds, tombstone_expires_ms
-from .wire import Ack, Request
 
 
 class Homes:
@@ -27,58 +27,58 @@ class Homes:
         self.ring = ring
         self.cluster = cluster
 
-    def names(self, access: Access) -> tuple[str, ...]:
+    def names(self, context: SessionContext) -> tuple[str, ...]:
         """The session's homes by configuration, whatever their health."""
-        return self.ring.homes(access.session_key)
+        return self.ring.homes(context.session_key)
 
     def read(
-        self, access: Access, names: Sequence[str] | None = None
+        self, context: SessionContext, names: Sequence[str] | None = None
     ) -> dict[str, Reply]:
         """What each home holds, in one round trip.
 
         :param names: other nodes to ask instead.
         """
         if names is None:
-            names = self.names(access)
+            names = self.names(context)
         if not names:
             return {}
         return self.cluster.read(
-            names, access.session_key, access.keyring, access.patience
+            names, context.session_key, context.keyring, context.patience
         )
 
     def requests(
         self,
-        access: Access,
+        context: SessionContext,
         copy: Copy,
-        places: Mapping[str, Token | None],
+        writable: Mapping[str, Token | None],
         now_ms: int,
     ) -> list[tuple[str, Request]]:
-        """The writes that put a copy where ``places`` were read."""
-        data, exptime = self._sealed(access, copy, now_ms)
-        place, key = self.cluster.place, access.session_key
+        """The writes that put a copy where ``writable`` were read."""
+        data, exptime = self._sealed(context, copy, now_ms)
+        swap, key = self.cluster.swap, context.session_key
         return [
-            (name, place(key, data, exptime, token)) for name, token in places.items()
+            (name, swap(key, data, exptime, token)) for name, token in writable.items()
         ]
 
     def write(
         self,
-        access: Access,
+        context: SessionContext,
         copy: Copy,
-        places: Mapping[str, Token | None],
+        writable: Mapping[str, Token | None],
         now_ms: int,
     ) -> dict[str, Ack]:
-        """Put a copy where ``places`` were read; answers by node."""
-        if not places:
+        """Put a copy where ``writable`` were read; answers by node."""
+        if not writable:
             return {}
-        requests = self.requests(access, copy, places, now_ms)
-        answers = self.cluster.write(requests, access.patience)
-        return dict(zip(places, answers, strict=True))
+        requests = self.requests(context, copy, writable, now_ms)
+        answers = self.cluster.write(requests, context.patience)
+        return dict(zip(writable, answers, strict=True))
 
     def write_in_turn(
         self,
-        access: Access,
+        context: SessionContext,
         copy: Copy,
-        places: Mapping[str, Token | None],
+        writable: Mapping[str, Token | None],
         now_ms: int,
     ) -> dict[str, Ack]:
         """Like :meth:`write`, but one home after the other, up to the first conflict.
@@ -88,48 +88,50 @@ class Homes:
         """
         acks: dict[str, Ack] = {}
         # In the same order for everybody: the homes' on the ring.
-        for name in self.names(access):
-            if name in places and Ack.CONFLICT not in acks.values():
-                acks |= self.write(access, copy, {name: places[name]}, now_ms)
+        for name in self.names(context):
+            if name in writable and Ack.CONFLICT not in acks.values():
+                acks |= self.write(context, copy, {name: writable[name]}, now_ms)
         return acks
 
-    def bury(
-        self, access: Access, tombstone: Tombstone, names: Sequence[str]
+    def put_tombstones(
+        self, context: SessionContext, tombstone: Tombstone, names: Sequence[str]
     ) -> dict[str, Ack]:
         """Put a tombstone over whatever these homes hold; answers by home."""
         if not names:
             return {}
-        data, exptime = self._sealed(access, tombstone, tombstone.ended_ms)
-        request = self.cluster.bury(access.session_key, data, exptime)
-        answers = self.cluster.write([(n, request) for n in names], access.patience)
+        data, exptime = self._sealed(context, tombstone, tombstone.ended_ms)
+        request = self.cluster.put_tombstone(context.session_key, data, exptime)
+        answers = self.cluster.write([(n, request) for n in names], context.patience)
         acks = dict(zip(names, answers, strict=True))
         # One that refuses has dropped the old copy, by memcached's rule for a failed
         # set; it is removed all the same, since not every version keeps to that.
-        self._remove(access, [n for n, ack in acks.items() if ack is Ack.REFUSED])
+        self._remove(context, [n for n, ack in acks.items() if ack is Ack.REJECTED])
         return acks
 
-    def remove_refused(
+    def remove_rejected(
         self,
-        access: Access,
+        context: SessionContext,
         acks: Mapping[str, Ack],
-        places: Mapping[str, Token | None],
+        writable: Mapping[str, Token | None],
     ) -> None:
         """Remove old copies that still agree, after SQL took a change.
 
         :param acks: answers of the nodes that were written.
-        :param places: what stood there, as in :class:`Live`.
+        :param writable: what stood there, as in :class:`Live`.
         """
-        self._remove(access, to_remove(acks, places))
+        self._remove(context, to_remove(acks, writable))
 
-    def _remove(self, access: Access, names: Sequence[str]) -> None:
+    def _remove(self, context: SessionContext, names: Sequence[str]) -> None:
         if names:
-            request = self.cluster.remove(access.session_key)
-            self.cluster.write([(name, request) for name in names], access.patience)
+            request = self.cluster.remove(context.session_key)
+            self.cluster.write([(name, request) for name in names], context.patience)
 
-    def _sealed(self, access: Access, copy: Copy, now_ms: int) -> tuple[bytes, int]:
+    def _sealed(
+        self, context: SessionContext, copy: Copy, now_ms: int
+    ) -> tuple[bytes, int]:
         if isinstance(copy, Tombstone):
-            until_ms = tombstone_expires_ms(copy, access.timing)
+            until_ms = tombstone_expires_ms(copy, context.timing)
         else:
-            until_ms = expires_ms(copy, access.timing)
-        exptime = exptime_seconds(until_ms, access.timing, now_ms)
-        return access.keyring.seal(access.session_key, copy), exptime
+            until_ms = expires_ms(copy, context.timing)
+        exptime = exptime_seconds(until_ms, context.timing, now_ms)
+        return context.keyring.seal(context.session_key, copy), exptime

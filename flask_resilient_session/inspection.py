@@ -118,19 +118,19 @@ def inspect_session(session: Session, store: Store) -> SessionInspection:
     # A first store or a move has given it an id that it did not come with.
     stored_sid = session._sid if visit.saved else None
     if stored_sid is not None:
-        access = visit.access_to(stored_sid)
-    elif visit.access is not None:
-        access = visit.access_for_saving()
+        context = visit.context_to(stored_sid)
+    elif visit.context is not None:
+        context = visit.context_for_saving()
     else:
         nothing: dict[str, Reply] = dict.fromkeys(names, Miss())
         return judge_inspection(None, (), loaded, nothing, RowMissing())
     return judge_inspection(
-        short(access.session_key),
-        store.homes.names(access),
+        short(context.session_key),
+        store.homes.names(context),
         loaded,
-        store.peek(access, names),
-        store.durable.read(access),
-        loaded_elsewhere=access.session_key != visit.session_key(),
+        store.read_copies(context, names),
+        store.rows.read(context),
+        loaded_elsewhere=context.session_key != visit.session_key(),
     )
 
 
@@ -183,9 +183,9 @@ def _found(live: Live | None, name: str, homes: tuple[str, ...]) -> CopyState | 
     """What a home held when the session was loaded."""
     if live is None or name not in homes:
         return None
-    if name not in live.places:
+    if name not in live.writable:
         return "unreachable"
-    if live.places[name] is None:
+    if live.writable[name] is None:
         return "nothing"
     return "outdated" if name in live.repairs else "current"
 

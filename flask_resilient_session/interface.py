@@ -155,8 +155,8 @@ class ResilientSessionInterface(SessionInterface):
         ):
             return self._keep_moved(session, visit, live, changes, ended=False)
         required = user_changed or session.sync_wanted
-        access = visit.access_for_saving()
-        kept = self.store.save(access, live, changes, required=required)
+        context = visit.context_for_saving()
+        kept = self.store.save(context, live, changes, required=required)
         if isinstance(kept, Gone):
             return self._ended_meanwhile(session, visit, kept, changes)
         if not self.should_set_cookie(app, session):
@@ -170,7 +170,7 @@ class ResilientSessionInterface(SessionInterface):
         if not session.modified:
             return Cookie.DELETE if _lost(visit.found) else Cookie.LEAVE
         if live is not None:
-            self.store.end(visit.access_for_saving(), live)
+            self.store.end(visit.context_for_saving(), live)
             return Cookie.DELETE
         if self._moved_recently(visit.found) or not visit.cookie_came:
             return Cookie.LEAVE
@@ -187,7 +187,7 @@ class ResilientSessionInterface(SessionInterface):
             self._drop(changes)
             return Cookie.LEAVE, ""
         required = sets_user or session.sync_wanted
-        self.store.create(visit.access_to(session.sid), changes, required=required)
+        self.store.create(visit.context_to(session.sid), changes, required=required)
         return Cookie.SET, session.sid
 
     def _keep_moved(
@@ -202,9 +202,9 @@ class ResilientSessionInterface(SessionInterface):
         """The session goes on under a new id."""
         sid = session.sid if session.id_wanted_new else new_sid()
         kept = self.store.move(
-            visit.access_for_saving(),
+            visit.context_for_saving(),
             live,
-            visit.access_to(sid),
+            visit.context_to(sid),
             changes,
             reason="ended" if ended else "moved",
             renew_created=ended or changes.get(self.settings.user_key) is not None,
@@ -225,7 +225,7 @@ class ResilientSessionInterface(SessionInterface):
             # The same browser's own session went on elsewhere: take its data along.
             changes = {k: encode_value(k, v) for k, v in session.items()}
         sid = new_sid()
-        self.store.create(visit.access_to(sid), changes, required=True)
+        self.store.create(visit.context_to(sid), changes, required=True)
         session.rename(sid)
         return Cookie.SET, sid
 

@@ -10,8 +10,8 @@ from typing import Final
 
 from flask import Flask
 
-from .access import Access
 from .config import Settings
+from .context import SessionContext
 from .cookie import CookieSigner
 from .envelope import Keyring
 from .errors import SetupError
@@ -65,12 +65,12 @@ class Keys:
             )
         return known
 
-    def access(self, app: Flask, sid: str, patience: Patience) -> Access:
+    def context(self, app: Flask, sid: str, patience: Patience) -> SessionContext:
         """Access to a session by its id.
 
         :param patience: what is left to wait for it.
         """
-        return Access(
+        return SessionContext(
             session_key=session_key_of(sid),
             keyring=self.of(app).keyring,
             timing=self._settings.timing(app.permanent_session_lifetime),

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from .access import Access
 from .clock import Clock
-from .durable import Durable, silence
+from .context import SessionContext
 from .errors import SqlUnavailable
 from .events import Observer, logger, session_recovered, short
 from .homes import Homes
@@ -28,6 +27,7 @@ from .replication import (
     live_copies,
     torn,
 )
+from .row import RowRepository, silence
 from .times import overdue
 
 #: The log says at most this often that workers differ in their nodes.
@@ -38,66 +38,70 @@ class Loader:
     """Finds out what is known of a session.
 
     :param homes: its copies.
-    :param durable: its row.
+    :param rows: its row.
     """
 
     def __init__(
-        self, homes: Homes, durable: Durable, *, clock: Clock, observer: Observer
+        self, homes: Homes, rows: RowRepository, *, clock: Clock, observer: Observer
     ) -> None:
         self._homes = homes
-        self._durable = durable
+        self._rows = rows
         self._next_notice = clock.monotonic()
         self._clock = clock
         self._observer = observer
 
-    def load(self, access: Access, *, ask_sql: bool = False) -> Live | Gone | Unknown:
+    def load(
+        self, context: SessionContext, *, ask_sql: bool = False
+    ) -> Live | Gone | Unknown:
         """What is known of a session.
 
         :param ask_sql: ask SQL even where the homes agree.
         """
-        replies = self._homes.read(access)
-        verdict = judge_copies(replies, access.timing, self._clock.now_ms())
+        replies = self._homes.read(context)
+        verdict = judge_copies(replies, context.timing, self._clock.now_ms())
         if (
             verdict is None
             and not ask_sql
             and torn(replies)
-            and not access.patience.is_over
+            and not context.patience.is_over
         ):
-            replies = self._homes.read(access)
-            verdict = judge_copies(replies, access.timing, self._clock.now_ms())
+            replies = self._homes.read(context)
+            verdict = judge_copies(replies, context.timing, self._clock.now_ms())
         self._count_corrupt(replies)
         if verdict is None:
-            self._notice_other_homes(access, replies)
+            self._notice_other_homes(context, replies)
         if isinstance(verdict, Gone):
-            return self._spread(access, verdict)
+            return self._propagate(context, verdict)
         if verdict is None:
-            return self._widen(access, replies)
+            return self._widen(context, replies)
         if ask_sql:
-            found = self._widen(access, replies)
+            found = self._widen(context, replies)
             if isinstance(found, Gone) and found.reason == "missing":
-                self._doubt(access, verdict)
+                self._doubt(context, verdict)
             return found
-        if overdue(verdict.record, access.timing, self._clock.now_ms()):
-            return self._widen(access, replies, otherwise=verdict)
+        if overdue(verdict.record, context.timing, self._clock.now_ms()):
+            return self._widen(context, replies, otherwise=verdict)
         self._observer.count("loaded_from_memory")
         return verdict
 
-    def _doubt(self, access: Access, agreed: Live) -> None:
+    def _doubt(self, context: SessionContext, agreed: Live) -> None:
         """Let SQL be asked before this pair is believed again.
 
         SQL does not know the session, and the pair would go on to serve it until its
         next sync. Nothing is buried: the row may come back.
         """
         record = replace(agreed.record, synced_ms=0)
-        self._homes.write(access, record, agreed.places, self._clock.now_ms())
+        self._homes.write(context, record, agreed.writable, self._clock.now_ms())
 
-    def peek(self, access: Access, names: Sequence[str]) -> dict[str, Reply]:
+    def read_copies(
+        self, context: SessionContext, names: Sequence[str]
+    ) -> dict[str, Reply]:
         """What these nodes hold for a session; changes nothing."""
-        return self._homes.read(access, names)
+        return self._homes.read(context, names)
 
     def _widen(
         self,
-        access: Access,
+        context: SessionContext,
         replies: Mapping[str, Reply],
         otherwise: Live | None = None,
     ) -> Live | Gone | Unknown:
@@ -105,62 +109,64 @@ class Loader:
 
         :param otherwise: what they did settle, for when SQL does not answer.
         """
-        row = self._durable.read(access)
+        row = self._rows.read(context)
         if otherwise is not None and isinstance(row, SqlSilent):
             self._observer.count("loaded_from_memory")
             return otherwise
-        verdict = judge_row(replies, row, access.timing, self._clock.now_ms())
+        verdict = judge_row(replies, row, context.timing, self._clock.now_ms())
         if isinstance(verdict, InsertFirst):
-            verdict = self._insert_first(access, replies, verdict.record)
+            verdict = self._insert_first(context, replies, verdict.record)
         if isinstance(verdict, Gone):
-            return self._spread(access, verdict)
+            return self._propagate(context, verdict)
         if isinstance(verdict, Unknown):
             self._observer.count("unavailable")
         elif verdict.standing is Standing.UNVERIFIED:
             self._observer.count("loaded_unverified")
         else:
             self._observer.count("loaded_from_sql")
-            self._observer.send(session_recovered, session=short(access.session_key))
+            self._observer.send(session_recovered, session=short(context.session_key))
         return verdict
 
     def _insert_first(
-        self, access: Access, replies: Mapping[str, Reply], record: Record
+        self, context: SessionContext, replies: Mapping[str, Reply], record: Record
     ) -> Live | Gone | Unknown:
         """Give a session its row that never had one; only then is it live."""
-        record = replace(record, homes=self._homes.names(access))
+        record = replace(record, homes=self._homes.names(context))
         try:
-            inserted = self._durable.insert(access, record)
+            inserted = self._rows.insert(context, record)
         except SqlUnavailable as error:
             row: RowAnswer = silence(error)
         else:
             if inserted is not None:
                 return confirmed(inserted, replies)
             # Somebody inserted it meanwhile, and that row has the last word.
-            row = self._durable.read(access)
+            row = self._rows.read(context)
             if isinstance(row, RowMissing):
                 return Gone("missing", held=True)
-        verdict = judge_row(replies, row, access.timing, self._clock.now_ms())
+        verdict = judge_row(replies, row, context.timing, self._clock.now_ms())
         assert not isinstance(verdict, InsertFirst)
         return verdict
 
-    def _spread(self, access: Access, gone: Gone) -> Gone:
+    def _propagate(self, context: SessionContext, gone: Gone) -> Gone:
         """Tell the nodes that a session is gone, and pay a tombstone's debt to SQL."""
-        tombstone, names = gone.tombstone, gone.spread
+        tombstone, names = gone.tombstone, gone.propagate_to
         if tombstone is None:
             return gone
         if tombstone.debt:
             paid = replace(tombstone, debt=False)
             try:
-                self._durable.bury(access, paid, None)
+                self._rows.put_tombstone(context, paid, None)
             except SqlUnavailable:
                 # The debt stays with the homes, for the next reader.
                 self._observer.count("syncs_put_off")
             else:
-                tombstone, names = paid, self._homes.names(access)
-        self._homes.bury(access, tombstone, names)
+                tombstone, names = paid, self._homes.names(context)
+        self._homes.put_tombstones(context, tombstone, names)
         return gone
 
-    def _notice_other_homes(self, access: Access, replies: Mapping[str, Reply]) -> None:
+    def _notice_other_homes(
+        self, context: SessionContext, replies: Mapping[str, Reply]
+    ) -> None:
         """Say now and then that other workers put sessions on other nodes."""
         now = self._clock.monotonic()
         if now < self._next_notice:
@@ -172,7 +178,7 @@ class Loader:
                     "Session %s was written for the nodes %s; here it belongs on %s."
                     " Right after a change of RESILIENT_SESSION_NODES that is as it"
                     " should be. If it goes on, some worker runs with other nodes.",
-                    short(access.session_key),
+                    short(context.session_key),
                     ", ".join(copy.homes) or "(none)",
                     ", ".join(replies),
                 )

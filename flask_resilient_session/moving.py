@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from .access import Access
+from .context import SessionContext
 from .errors import SessionTooLarge, SessionUnavailable, SqlUnavailable
 from .events import (
     logger,
@@ -29,14 +29,14 @@ from .replication import (
     Live,
     Standing,
     Unknown,
-    buried_at,
     join_all,
     live_copies,
-    places_of,
+    tombstones_at,
+    writable_of,
 )
 from .saving import Saver
 from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
-from .wire import Ack
+from .text_protocol import Ack
 
 #: How often a finished move tries to carry over what it found late: SQL may have to
 #: be asked, and nobody can be told to come again any more.
@@ -51,15 +51,15 @@ class Mover:
         self._loader = loader
         self._saver = saver
         self._homes = steps.homes
-        self._durable = steps.durable
+        self._rows = steps.rows
         self._clock = steps.clock
         self._observer = steps.observer
 
     def move(
         self,
-        old: Access,
+        old: SessionContext,
         live: Live,
-        new: Access,
+        new: SessionContext,
         changes: Changes,
         *,
         reason: EndReason = "moved",
@@ -82,7 +82,7 @@ class Mover:
             if renew_created:
                 kept = replace(kept, created_ms=now_ms)
             try:
-                moved = self._durable.move(old, live.record, tombstone, new, kept)
+                moved = self._rows.move(old, live.record, tombstone, new, kept)
             except SqlUnavailable as error:
                 raise self._steps.not_kept(old, error) from error
             if moved is not None:
@@ -107,7 +107,7 @@ class Mover:
     def _moved_record(
         self,
         record: Record,
-        new: Access,
+        new: SessionContext,
         changes: Changes,
         reason: EndReason,
         now_ms: int,
@@ -122,10 +122,10 @@ class Mover:
 
     def _exchange_homes(
         self,
-        old: Access,
+        old: SessionContext,
         live: Live,
         tombstone: Tombstone,
-        new: Access,
+        new: SessionContext,
         record: Record,
         now_ms: int,
     ) -> Record | None:
@@ -135,19 +135,19 @@ class Mover:
             load.
         """
         homes = self._homes.names(old)
-        burials = self._homes.requests(old, tombstone, live.places, now_ms)
+        tombstones = self._homes.requests(old, tombstone, live.writable, now_ms)
         new_places: dict[str, Token | None] = dict.fromkeys(self._homes.names(new))
         placements = self._homes.requests(new, record, new_places, now_ms)
-        acks = self._homes.cluster.write([*burials, *placements], old.patience)
-        buried = [name for name, _ in burials]
+        acks = self._homes.cluster.write([*tombstones, *placements], old.patience)
+        told = [name for name, _ in tombstones]
         # Homes that were not seen have still to be read: perhaps they answer by now.
         answers = dict.fromkeys(homes, Ack.CONFLICT)
-        answers |= dict(zip(buried, acks, strict=False))
-        return self._bury_all(old, tombstone, answers, now_ms)
+        answers |= dict(zip(told, acks, strict=False))
+        return self._put_tombstones(old, tombstone, answers, now_ms)
 
-    def _bury_all(
+    def _put_tombstones(
         self,
-        old: Access,
+        old: SessionContext,
         tombstone: Tombstone,
         answers: dict[str, Ack],
         now_ms: int,
@@ -162,26 +162,26 @@ class Mover:
         for _ in range(MAX_ATTEMPTS):
             # One without room for a tombstone drops the copy. It is read before: there
             # may be room again, and something new.
-            refused = {n for n, ack in answers.items() if ack is Ack.REFUSED}
-            self._homes.bury(old, tombstone, sorted(refused & full))
+            rejected = {n for n, ack in answers.items() if ack is Ack.REJECTED}
+            self._homes.put_tombstones(old, tombstone, sorted(rejected & full))
             changed = [n for n, ack in answers.items() if ack is Ack.CONFLICT]
-            changed += sorted(refused - full)
-            full |= refused
+            changed += sorted(rejected - full)
+            full |= rejected
             if not changed:
                 break
             if old.patience.is_over:
                 # Whatever is new there: the old id has to end.
-                self._homes.bury(old, tombstone, list(answers))
+                self._homes.put_tombstones(old, tombstone, list(answers))
                 break
-            places, late = self._look(old, tombstone, changed)
+            writable, late = self._look(old, tombstone, changed)
             found += late
-            answers = self._homes.write(old, tombstone, places, now_ms)
+            answers = self._homes.write(old, tombstone, writable, now_ms)
         else:
-            self._homes.bury(old, tombstone, list(answers))
+            self._homes.put_tombstones(old, tombstone, list(answers))
         return join_all(found) if found else None
 
     def _look(
-        self, old: Access, tombstone: Tombstone, names: Sequence[str]
+        self, old: SessionContext, tombstone: Tombstone, names: Sequence[str]
     ) -> tuple[dict[str, Token | None], list[Record]]:
         """Where these nodes have still to be buried, and the copies there."""
         replies = self._homes.read(old, names)
@@ -191,14 +191,14 @@ class Mover:
             for name, reply in replies.items()
             if isinstance(reply, Unreachable) and reply.sealed
         ]
-        self._homes.bury(old, tombstone, sealed)
-        places = places_of(replies)
-        for name in buried_at(replies):
-            del places[name]
-        return places, live_copies(replies)
+        self._homes.put_tombstones(old, tombstone, sealed)
+        writable = writable_of(replies)
+        for name in tombstones_at(replies):
+            del writable[name]
+        return writable, live_copies(replies)
 
     def _carry_over(
-        self, new: Access, seen: Record, late: Record, changes: Changes
+        self, new: SessionContext, seen: Record, late: Record, changes: Changes
     ) -> None:
         """Write to the new session what others had added to the old one meanwhile.
 
@@ -230,7 +230,9 @@ class Mover:
         name = short(new.session_key)
         logger.error("Changes made while session %s moved were lost: %s", name, why)
 
-    def _report_move(self, old: Access, new: Access, reason: EndReason) -> None:
+    def _report_move(
+        self, old: SessionContext, new: SessionContext, reason: EndReason
+    ) -> None:
         session, previous = short(new.session_key), short(old.session_key)
         if reason == "ended":
             self._observer.count("revoked")

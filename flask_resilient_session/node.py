@@ -30,7 +30,7 @@ import memcache
 
 from .clock import Clock
 from .patience import Stopwatch
-from .wire import Ack, Cas, Parsed, ProtocolError, Request
+from .text_protocol import Ack, Cas, Parsed, ProtocolError, Request
 
 #: Idle connections kept per node and process. More are opened when more requests
 #: run at once, and closed when these many already idle.

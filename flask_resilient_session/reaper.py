@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, NamedTuple, Protocol
 
-from .access import Access
 from .clock import Clock
 from .codec import decode
 from .config import Timing
-from .durable import Durable
+from .context import SessionContext
 from .envelope import Keyring
 from .errors import SqlUnavailable
 from .events import Observer, logger, session_expired, short
@@ -37,8 +36,9 @@ from .replication import (
     RowLive,
     live_copies,
 )
-from .rows import Row
+from .row import RowRepository
 from .store import Store
+from .table import Row
 
 DEFAULT_BATCH_SIZE: Final = 500
 
@@ -46,7 +46,7 @@ DEFAULT_BATCH_SIZE: Final = 500
 STATEMENT_SECONDS: Final = 30.0
 
 
-class Refusal(enum.Enum):
+class AbortReason(enum.Enum):
     """Why a pass was not started, or not carried on."""
 
     CLOCKS_APART = "clocks are apart; set them right and run it again"
@@ -67,7 +67,7 @@ class ReapReport:
     :ivar batches: pages read.
     :ivar seconds: duration.
     :ivar stopped: it ended early, by a limit or on request.
-    :ivar refused: why nothing was done, or nothing more.
+    :ivar aborted: why nothing was done, or nothing more.
     :ivar detail: which clocks were apart, and how far.
     :ivar failed: what SQL said when it failed.
     :ivar reasons: why rows were kept: reason -> rows.
@@ -81,17 +81,17 @@ class ReapReport:
     seconds: float = 0.0
     dry_run: bool = False
     stopped: bool = False
-    refused: Refusal | None = None
+    aborted: AbortReason | None = None
     detail: str | None = None
     failed: str | None = None
     reasons: dict[str, int] = field(default_factory=dict)
 
     @property
-    def refusal(self) -> str | None:
-        """Why it was refused, in full; None where it was not."""
-        if self.refused is None:
+    def abort_reason(self) -> str | None:
+        """Why it was aborted, in full; None where it was not."""
+        if self.aborted is None:
             return None
-        return self.refused.value + (f" ({self.detail})" if self.detail else "")
+        return self.aborted.value + (f" ({self.detail})" if self.detail else "")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Reaper:
         self._statement_seconds = statement_seconds
         self._sql = sql
         self._store = store
-        self._durable: Durable = store.durable
+        self._rows: RowRepository = store.rows
         self._keyring = keyring
         self._timing = timing
         self._clock = clock
@@ -194,7 +194,7 @@ class Reaper:
             if self._apart(written_ahead(self._clock.now_ms(), written_ms), report):
                 return
             if not report.examined and self._foreign(batch, options):
-                report.refused = Refusal.FOREIGN_NODES
+                report.aborted = AbortReason.FOREIGN_NODES
                 return
             report.batches += 1
             examined = report.examined
@@ -237,10 +237,10 @@ class Reaper:
             after = (batch[-1].expires_at, batch[-1].session_key)
 
     def _apart(self, detail: str | None, report: ReapReport) -> bool:
-        """Refuse to go on where clocks are apart."""
+        """Abort the pass where clocks are apart."""
         if detail is None:
             return False
-        report.refused, report.detail = Refusal.CLOCKS_APART, detail
+        report.aborted, report.detail = AbortReason.CLOCKS_APART, detail
         return True
 
     def _must_stop(
@@ -265,9 +265,11 @@ class Reaper:
         self, row: Row, options: ReapOptions, report: ReapReport, dead: list[_Dead]
     ) -> None:
         """Look at one row; the pass goes on whatever becomes of it."""
-        access = Access(row.session_key, self._keyring, self._timing, self._patience())
-        answer = self._durable.open_row(row, self._keyring)
-        replies = self._ask(access, row, options)
+        context = SessionContext(
+            row.session_key, self._keyring, self._timing, self._patience()
+        )
+        answer = self._rows.open_row(row, self._keyring)
+        replies = self._ask(context, row, options)
         now_ms = self._clock.now_ms()
         verdict = may_reap(answer, replies, self._timing, now_ms, row.expires_at)
         if isinstance(verdict, Keep):
@@ -277,19 +279,21 @@ class Reaper:
             dead.append(_Dead(row, self._final_data(row, answer, replies)))
         elif isinstance(verdict, Renew):
             try:
-                report.renewed += options.dry_run or self._renew(access, row, verdict)
+                report.renewed += options.dry_run or self._renew(context, row, verdict)
             except ValueError as error:
                 # Written by another version, with a user of a type unknown here.
                 report.unchecked += 1
                 report.reasons[str(error)] = report.reasons.get(str(error), 0) + 1
         elif not options.dry_run:
             record = answer.record if isinstance(answer, RowLive) else None
-            self._durable.bury(access, verdict.tombstone, record)
+            self._rows.put_tombstone(context, verdict.tombstone, record)
 
-    def _ask(self, access: Access, row: Row, options: ReapOptions) -> dict[str, Reply]:
+    def _ask(
+        self, context: SessionContext, row: Row, options: ReapOptions
+    ) -> dict[str, Reply]:
         """What every home holds that the session may live on."""
         configured = self._store.homes.cluster.names
-        homes = set(row.homes) | set(self._store.homes.names(access))
+        homes = set(row.homes) | set(self._store.homes.names(context))
         homes -= options.forgotten - configured
         if options.without_nodes:
             homes &= configured
@@ -297,14 +301,14 @@ class Reaper:
             name: Unreachable("not configured on this host")
             for name in sorted(homes - configured)
         }
-        replies |= self._store.peek(access, sorted(homes & configured))
+        replies |= self._store.read_copies(context, sorted(homes & configured))
         return replies
 
-    def _renew(self, access: Access, row: Row, verdict: Renew) -> bool:
+    def _renew(self, context: SessionContext, row: Row, verdict: Renew) -> bool:
         """Write what is alive; False where the row changed meanwhile."""
-        homes = self._store.homes.names(access) or row.homes
+        homes = self._store.homes.names(context) or row.homes
         record = replace(verdict.record, homes=homes, row_version=row.version)
-        return self._durable.update(access, record) is not None
+        return self._rows.update(context, record) is not None
 
     def _remove(
         self, dead: Sequence[_Dead], options: ReapOptions, report: ReapReport

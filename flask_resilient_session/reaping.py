@@ -34,7 +34,7 @@ class Renew:
 
 
 @dataclass(frozen=True, slots=True)
-class Bury:
+class PutTombstone:
     """The session was ended while SQL could not be told."""
 
     tombstone: Tombstone
@@ -47,7 +47,7 @@ class Keep:
     reason: str
 
 
-ReapVerdict: TypeAlias = Reap | Renew | Bury | Keep
+ReapVerdict: TypeAlias = Reap | Renew | PutTombstone | Keep
 
 
 def apart_from_database(now_ms: int, database_ms: int | None) -> str | None:
@@ -106,7 +106,7 @@ def may_reap(
         return Keep("a node still holds a copy") if alive else Reap()
     tombstone = tombstone_of(replies)
     if tombstone is not None:
-        return Bury(replace(tombstone, debt=False))
+        return PutTombstone(replace(tombstone, debt=False))
     if isinstance(row, RowLive):
         copies.append(row.record)
     if not copies:

@@ -29,8 +29,8 @@ from .record import (
     same_state,
 )
 from .ring import PAIR
+from .text_protocol import Ack
 from .times import CLOCKS_APART_MS, expires_ms
-from .wire import Ack
 
 #: A request that moves a session has ended after this, whatever it waited for.
 MOVE_AT_WORK_MS: Final = 60_000
@@ -52,14 +52,14 @@ class Live:
     """The session exists.
 
     :ivar record: the join of all that was found.
-    :ivar places: the homes that can be written, each with the token of what stands
+    :ivar writable: the homes that can be written, each with the token of what stands
         there, or None where nothing does.
     :ivar repairs: those whose copy is missing, corrupt, behind or not yet verified.
     """
 
     record: Record
     standing: Standing
-    places: Mapping[str, Token | None] = field(default_factory=dict)
+    writable: Mapping[str, Token | None] = field(default_factory=dict)
     repairs: tuple[str, ...] = ()
 
 
@@ -69,8 +69,8 @@ class Gone:
 
     :ivar reason: ``missing`` is a session that SQL has never heard of or has reaped.
     :ivar ended_ms: when it was ended or moved; 0 otherwise.
-    :ivar tombstone: what to write to the homes named in ``spread``; None where nobody
-        needs to be told, or may be.
+    :ivar tombstone: what to write to the homes named in ``propagate_to``; None where
+        no home needs to be told, or may be.
     :ivar held: a home holds, or may hold, a live copy of what SQL does not know. Should
         the row come back, as after a wrong backup, so does the session.
     """
@@ -78,7 +78,7 @@ class Gone:
     reason: EndReason | Literal["expired", "missing"]
     ended_ms: int = 0
     tombstone: Tombstone | None = None
-    spread: tuple[str, ...] = ()
+    propagate_to: tuple[str, ...] = ()
     held: bool = False
 
 
@@ -150,17 +150,17 @@ def judge_copies(
     """
     tombstone = tombstone_of(replies)
     if tombstone is not None:
-        return _buried_at_home(tombstone, replies, now_ms)
+        return _gone_at_home(tombstone, replies, now_ms)
     copies, names = live_copies(replies), frozenset(replies)
     if len(copies) != len(replies) or len(copies) < PAIR:
         return None
     for copy in copies:
-        if not vouches(copy, names) or not same_state(copy, copies[0]):
+        if not counts_for(copy, names) or not same_state(copy, copies[0]):
             return None
     record = join_all(copies)
     if expires_ms(record, timing) <= now_ms:
         return None
-    return Live(record, Standing.AGREED, places_of(replies))
+    return Live(record, Standing.AGREED, writable_of(replies))
 
 
 def torn(replies: Mapping[str, Reply]) -> bool:
@@ -173,7 +173,7 @@ def torn(replies: Mapping[str, Reply]) -> bool:
     return len(replies) >= PAIR and all(
         isinstance(reply, Hit)
         and isinstance(reply.copy, Record)
-        and vouches(reply.copy, names)
+        and counts_for(reply.copy, names)
         for reply in replies.values()
     )
 
@@ -184,14 +184,14 @@ def judge_row(
     """What homes and SQL together say, where the homes alone did not settle it."""
     copies = live_copies(replies)
     if isinstance(row, RowDead):
-        return buried(row.tombstone, replies, now_ms)
+        return gone_by_sql(row.tombstone, replies, now_ms)
     if isinstance(row, SqlSilent):
         if row.well or not copies:
             return Unknown()
         record = replace(join_all(copies), unverified=True)
         if expires_ms(record, timing) <= now_ms:
             return Unknown()
-        return Live(record, Standing.UNVERIFIED, places_of(replies))
+        return Live(record, Standing.UNVERIFIED, writable_of(replies))
     if isinstance(row, RowMissing):
         if any(isinstance(r, Unreachable) and r.sealed for r in replies.values()):
             # Others can read that copy: it may be one that was never synced.
@@ -241,9 +241,11 @@ def confirmed(record: Record, replies: Mapping[str, Reply]) -> Live:
     """A session that SQL vouches for, and the homes that must be told."""
     record = replace(record, never_synced=False, unverified=False)
     names = frozenset(replies)
-    places = places_of(replies)
-    repairs = tuple(name for name in places if not holds(replies[name], record, names))
-    return Live(record, Standing.CONFIRMED, places, repairs)
+    writable = writable_of(replies)
+    repairs = tuple(
+        name for name in writable if not holds(replies[name], record, names)
+    )
+    return Live(record, Standing.CONFIRMED, writable, repairs)
 
 
 def hits_of(replies: Mapping[str, Reply]) -> list[tuple[str, Hit]]:
@@ -266,7 +268,7 @@ def join_all(records: Sequence[Record]) -> Record:
     return joined
 
 
-def vouches(copy: Record, homes: frozenset[str]) -> bool:
+def counts_for(copy: Record, homes: frozenset[str]) -> bool:
     """Whether a copy counts as a word on the session with these homes."""
     # A copy that names other homes was written under another configuration: its
     # writers may since have gone on elsewhere.
@@ -278,7 +280,7 @@ def holds(reply: Reply, record: Record, homes: frozenset[str]) -> bool:
     return (
         isinstance(reply, Hit)
         and isinstance(reply.copy, Record)
-        and vouches(reply.copy, homes)
+        and counts_for(reply.copy, homes)
         and not reply.copy.never_synced
         # One that has not heard of the last sync would try it again.
         and reply.copy.row_version == record.row_version
@@ -286,18 +288,18 @@ def holds(reply: Reply, record: Record, homes: frozenset[str]) -> bool:
     )
 
 
-def places_of(replies: Mapping[str, Reply]) -> dict[str, Token | None]:
+def writable_of(replies: Mapping[str, Reply]) -> dict[str, Token | None]:
     """Where a copy can be written, as in :class:`Live`."""
-    places: dict[str, Token | None] = {}
+    writable: dict[str, Token | None] = {}
     for name, reply in replies.items():
         if isinstance(reply, (Hit, Corrupt)):
-            places[name] = reply.token
+            writable[name] = reply.token
         elif isinstance(reply, Miss):
-            places[name] = None
-    return places
+            writable[name] = None
+    return writable
 
 
-def buried_at(replies: Mapping[str, Reply]) -> list[str]:
+def tombstones_at(replies: Mapping[str, Reply]) -> list[str]:
     """The nodes that hold a tombstone already."""
     return [n for n, hit in hits_of(replies) if isinstance(hit.copy, Tombstone)]
 
@@ -321,7 +323,9 @@ def being_moved(tombstone: Tombstone, now_ms: int) -> bool:
     return tombstone.reason == "moved" and at_work
 
 
-def buried(tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int) -> Gone:
+def gone_by_sql(
+    tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int
+) -> Gone:
     """A session that is dead by the word of SQL."""
     if being_moved(tombstone, now_ms):
         return Gone(tombstone.reason, tombstone.ended_ms)
@@ -330,7 +334,7 @@ def buried(tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int) -> G
     )
 
 
-def _buried_at_home(
+def _gone_at_home(
     tombstone: Tombstone, replies: Mapping[str, Reply], now_ms: int
 ) -> Gone:
     """A session that is dead by the word of a home.
@@ -339,11 +343,13 @@ def _buried_at_home(
     is on both homes: there is nothing left to be found on the other. That is not so
     where it was written by somebody for whom it had other homes.
     """
-    spread = _not_dead(replies)
+    propagate_to = _not_dead(replies)
     if being_moved(tombstone, now_ms):
         names = frozenset(replies)
-        spread = [name for name in spread if not _foreign(replies[name], names)]
-    return Gone(tombstone.reason, tombstone.ended_ms, tombstone, tuple(spread))
+        propagate_to = [
+            name for name in propagate_to if not _foreign(replies[name], names)
+        ]
+    return Gone(tombstone.reason, tombstone.ended_ms, tombstone, tuple(propagate_to))
 
 
 def _not_dead(replies: Mapping[str, Reply]) -> list[str]:
@@ -451,7 +457,9 @@ def all_stored(acks: Mapping[str, Ack], names: Iterable[str]) -> bool:
     return all(acks.get(name) is Ack.STORED for name in names)
 
 
-def to_remove(acks: Mapping[str, Ack], places: Mapping[str, Token | None]) -> list[str]:
+def to_remove(
+    acks: Mapping[str, Ack], writable: Mapping[str, Token | None]
+) -> list[str]:
     """The home whose old copy must go, after SQL took a change that no home did.
 
     A refused write leaves the old value readable. Two such copies would still agree
@@ -459,10 +467,10 @@ def to_remove(acks: Mapping[str, Ack], places: Mapping[str, Token | None]) -> li
     be room again, and the other home may have taken another request's write since.
 
     :param acks: answers of the homes that were written.
-    :param places: what stood there, as in :class:`Live`: what stood somewhere goes
+    :param writable: what stood there, as in :class:`Live`: what stood somewhere goes
         first, so that others who have read the same write in vain.
     """
     if Ack.STORED in acks.values():
         return []
-    refused = [name for name, ack in acks.items() if ack is Ack.REFUSED]
-    return sorted(refused, key=lambda name: places.get(name) is None)[:1]
+    rejected = [name for name, ack in acks.items() if ack is Ack.REJECTED]
+    return sorted(rejected, key=lambda name: writable.get(name) is None)[:1]

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Final, Protocol
 
-from .access import Access
 from .clock import Clock
 from .config import Timing
-from .durable import user_id_column
+from .context import SessionContext
 from .envelope import Keyring
 from .errors import SessionUnavailable, SqlUnavailable
 from .events import logger, short
 from .patience import Patience
-from .rows import Row
+from .row import user_id_column
 from .store import Store
+from .table import Row
 
 #: Rows read at once.
 _PAGE: Final = 200
@@ -150,8 +150,8 @@ class Revoker:
         configured = self._store.homes.cluster.names
         named = configured.intersection(row.homes)
         # Who reads the report acts on it: it counts what SQL has committed.
-        access = self._access(row)
-        untold = self._store.end(access, None, also=named, in_debt=False)
+        context = self._access(row)
+        untold = self._store.end(context, None, also=named, in_debt=False)
         report.ended += 1
         report.untold += bool(untold)
         report.foreign += not configured.issuperset(row.homes)
@@ -165,9 +165,9 @@ class Revoker:
             yield from (row for row in page if column in (None, row.user_id))
             after = page[-1].session_key
 
-    def _access(self, row: Row) -> Access:
+    def _access(self, row: Row) -> SessionContext:
         patience = Patience(self._clock, self._step_seconds)
-        return Access(row.session_key, self._keyring, self._timing, patience)
+        return SessionContext(row.session_key, self._keyring, self._timing, patience)
 
     def _until(self) -> float:
         return self._clock.monotonic() + self._step_seconds

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 
-from .access import Access
+from .context import SessionContext
 from .errors import SqlUnavailable
 from .events import session_conflict, session_created, short
 from .loading import Loader
@@ -23,8 +23,8 @@ from .replication import (
 )
 from .ring import PAIR
 from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
+from .text_protocol import Ack
 from .times import touch_due
-from .wire import Ack
 
 
 class _Conflict(Exception):
@@ -45,14 +45,16 @@ class Saver:
         self._steps = steps
         self._loader = loader
         self._homes = steps.homes
-        self._durable = steps.durable
+        self._rows = steps.rows
         self._clock = steps.clock
         self._observer = steps.observer
-        self._turns = steps.turns
+        self._queue = steps.queue
 
     # --- create ------------------------------------------------------------------
 
-    def create(self, access: Access, changes: Changes, *, required: bool) -> Live:
+    def create(
+        self, context: SessionContext, changes: Changes, *, required: bool
+    ) -> Live:
         """Store a session under a new id.
 
         :param required: write SQL before anything is acknowledged; without it a
@@ -60,35 +62,40 @@ class Saver:
         :raises SessionTooLarge: nothing is stored.
         """
         now_ms = self._clock.now_ms()
-        homes = self._homes.names(access)
+        homes = self._homes.names(context)
         empty = Record(
             created_ms=now_ms, last_use_ms=now_ms, never_synced=True, homes=homes
         )
         record = self._steps.changed(empty, changes, now_ms)
         in_sql = required or len(homes) < PAIR
         if in_sql:
-            record = self._insert_new(access, record)
-        acks = self._homes.write(access, record, dict.fromkeys(homes), now_ms)
+            record = self._insert_new(context, record)
+        acks = self._homes.write(context, record, dict.fromkeys(homes), now_ms)
         outcome = judge_acks(acks, homes=homes, in_sql=in_sql)
         if not in_sql and outcome is not Outcome.ACKNOWLEDGED:
-            record = self._insert_new(access, record)
+            record = self._insert_new(context, record)
         self._observer.count("created")
-        self._observer.send(session_created, session=short(access.session_key))
+        self._observer.send(session_created, session=short(context.session_key))
         return Live(record, Standing.AGREED)
 
-    def _insert_new(self, access: Access, record: Record) -> Record:
+    def _insert_new(self, context: SessionContext, record: Record) -> Record:
         try:
-            inserted = self._durable.insert(access, record)
+            inserted = self._rows.insert(context, record)
         except SqlUnavailable as error:
-            raise self._steps.not_kept(access, error) from error
+            raise self._steps.not_kept(context, error) from error
         if inserted is None:
-            raise self._steps.not_kept(access, "its new id is taken")
+            raise self._steps.not_kept(context, "its new id is taken")
         return inserted
 
     # --- save --------------------------------------------------------------------
 
     def save(
-        self, access: Access, live: Live, changes: Changes, *, required: bool = False
+        self,
+        context: SessionContext,
+        live: Live,
+        changes: Changes,
+        *,
+        required: bool = False,
     ) -> Live | Gone:
         """Keep one request's changes, or only the fact that it used the session.
 
@@ -100,11 +107,11 @@ class Saver:
         :raises SessionTooLarge: nothing was changed.
         """
         with contextlib.ExitStack() as turn:
-            return self._save(access, live, changes, required, turn)
+            return self._save(context, live, changes, required, turn)
 
     def _save(
         self,
-        access: Access,
+        context: SessionContext,
         live: Live,
         changes: Changes,
         required: bool,
@@ -114,40 +121,42 @@ class Saver:
         for attempt in range(MAX_ATTEMPTS):
             try:
                 in_turn = attempt > 0
-                return self._attempt(access, live, changes, required, in_turn)
+                return self._attempt(context, live, changes, required, in_turn)
             except _Conflict as conflict:
                 self._observer.count("conflicts")
-                self._observer.send(session_conflict, session=short(access.session_key))
+                self._observer.send(
+                    session_conflict, session=short(context.session_key)
+                )
                 ask_sql = conflict.ask_sql
-            if access.patience.is_over:
+            if context.patience.is_over:
                 break
             if attempt == 0:
-                wait = access.patience.left
-                with access.patience.waiting(wait):
-                    turn.enter_context(self._turns.take(access.session_key, wait))
-            verdict = self._loader.load(access, ask_sql=ask_sql)
+                wait = context.patience.left
+                with context.patience.waiting(wait):
+                    turn.enter_context(self._queue.take(context.session_key, wait))
+            verdict = self._loader.load(context, ask_sql=ask_sql)
             if isinstance(verdict, Gone):
                 return verdict
             if isinstance(verdict, Unknown):
                 if courtesy:
                     return live
-                raise self._steps.not_kept(access, NOBODY)
+                raise self._steps.not_kept(context, NOBODY)
             live = verdict
         if courtesy:
             return live
-        raise self._steps.not_kept(access, TOO_MANY)
+        raise self._steps.not_kept(context, TOO_MANY)
 
     def _attempt(
         self,
-        access: Access,
+        context: SessionContext,
         live: Live,
         changes: Changes,
         required: bool,
         in_turn: bool,
     ) -> Live:
         now_ms = self._clock.now_ms()
-        homes = self._homes.names(access)
-        if live.standing is Standing.AGREED and len(live.places) < len(homes):
+        homes = self._homes.names(context)
+        if live.standing is Standing.AGREED and len(live.writable) < len(homes):
             # Just created or moved: what stands in its homes was never read.
             raise _Conflict(ask_sql=False)
         need = sql_need(
@@ -155,15 +164,15 @@ class Saver:
             changed=bool(changes),
             required=required,
             homes=len(homes),
-            timing=access.timing,
+            timing=context.timing,
             now_ms=now_ms,
         )
-        record, in_sql = self._to_store(access, live, changes, need, now_ms)
+        record, in_sql = self._to_store(context, live, changes, need, now_ms)
         if not changes:
-            self._keep_times(access, live, record, in_sql=in_sql, now_ms=now_ms)
+            self._keep_times(context, live, record, in_sql=in_sql, now_ms=now_ms)
             return replace(live, record=record)
         write = self._homes.write_in_turn if in_turn else self._homes.write
-        acks = write(access, record, live.places, now_ms)
+        acks = write(context, record, live.writable, now_ms)
         self._count_repaired(live, acks)
         outcome = judge_acks(acks, homes=homes, in_sql=in_sql)
         if outcome is Outcome.CONFLICT:
@@ -171,17 +180,22 @@ class Saver:
             # the next one is higher.
             raise _Conflict(ask_sql=in_sql)
         if outcome is Outcome.SQL_NOW:
-            record = self._write_row_now(access, live, record)
-        self._homes.remove_refused(access, acks, live.places)
+            record = self._write_row_now(context, live, record)
+        self._homes.remove_rejected(context, acks, live.writable)
         return replace(live, record=record)
 
     def _to_store(
-        self, access: Access, live: Live, changes: Changes, need: SqlNeed, now_ms: int
+        self,
+        context: SessionContext,
+        live: Live,
+        changes: Changes,
+        need: SqlNeed,
+        now_ms: int,
     ) -> tuple[Record, bool]:
         """The record to write to the homes, and whether SQL has it already."""
         base = replace(
             live.record,
-            homes=self._homes.names(access),
+            homes=self._homes.names(context),
             unverified=live.standing is Standing.UNVERIFIED,
         )
         if need is SqlNeed.NONE:
@@ -193,50 +207,62 @@ class Saver:
             for_sql = drop_markers(for_sql)
         for_sql = self._steps.changed(for_sql, changes, now_ms)
         try:
-            return self._write_row(access, for_sql, need), True
+            return self._write_row(context, for_sql, need), True
         except SqlUnavailable as error:
             if need is SqlNeed.REQUIRED:
-                raise self._steps.not_kept(access, error) from error
+                raise self._steps.not_kept(context, error) from error
             self._observer.count("syncs_put_off")
             # With its markers: nobody knows whether SQL dropped them too.
             return self._steps.changed(base, changes, now_ms), False
 
-    def _write_row(self, access: Access, record: Record, need: SqlNeed) -> Record:
+    def _write_row(
+        self, context: SessionContext, record: Record, need: SqlNeed
+    ) -> Record:
         """Write the row; a row that is not as the record knows it is a conflict."""
         can_wait = need is SqlNeed.DUE
         if record.never_synced:
-            synced = self._durable.insert(access, record, can_wait=can_wait)
+            synced = self._rows.insert(context, record, can_wait=can_wait)
         else:
-            synced = self._durable.update(access, record, can_wait=can_wait)
+            synced = self._rows.update(context, record, can_wait=can_wait)
         if synced is None:
             raise _Conflict(ask_sql=True)
         return synced
 
-    def _write_row_now(self, access: Access, live: Live, record: Record) -> Record:
+    def _write_row_now(
+        self, context: SessionContext, live: Live, record: Record
+    ) -> Record:
         """SQL takes a change that too few homes took."""
         if live.standing is Standing.UNVERIFIED:
-            raise self._steps.not_kept(access, "SQL and one of its nodes do not answer")
+            raise self._steps.not_kept(
+                context, "SQL and one of its nodes do not answer"
+            )
         try:
-            return self._write_row(access, record, SqlNeed.REQUIRED)
+            return self._write_row(context, record, SqlNeed.REQUIRED)
         except SqlUnavailable as error:
-            raise self._steps.not_kept(access, error) from error
+            raise self._steps.not_kept(context, error) from error
 
     def _keep_times(
-        self, access: Access, live: Live, record: Record, *, in_sql: bool, now_ms: int
+        self,
+        context: SessionContext,
+        live: Live,
+        record: Record,
+        *,
+        in_sql: bool,
+        now_ms: int,
     ) -> None:
         """Tell the homes that an unchanged session was used, and repair them.
 
         A conflict is dropped: who wrote meanwhile has used it later.
         """
-        places = {name: live.places[name] for name in live.repairs}
-        if in_sql or touch_due(record, access.timing, now_ms):
+        writable = {name: live.writable[name] for name in live.repairs}
+        if in_sql or touch_due(record, context.timing, now_ms):
             record = replace(record, last_use_ms=max(record.last_use_ms, now_ms))
-            places = dict(live.places)
+            writable = dict(live.writable)
         if live.standing is Standing.UNVERIFIED:
             # Nothing is repaired on a guess, but a use during an outage of SQL counts.
             record = replace(record, homes=live.record.homes)
-            places = {n: t for n, t in places.items() if t is not None}
-        acks = self._homes.write(access, record, places, now_ms)
+            writable = {n: t for n, t in writable.items() if t is not None}
+        acks = self._homes.write(context, record, writable, now_ms)
         self._count_repaired(live, acks)
 
     def _count_repaired(self, live: Live, acks: Mapping[str, Ack]) -> None:

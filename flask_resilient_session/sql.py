@@ -13,10 +13,10 @@ from typing import Any, Final, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from .calls import Calls, transaction
+from .calls import SqlCalls, transaction
 from .connections import MYSQL, POSTGRESQL, SQLITE
-from .rows import UPDATED, Row, columns_of, row_of
 from .sql_errors import is_duplicate
+from .table import UPDATED, Row, columns_of, row_of
 
 _CLOCK: Final = sa.select(sa.extract("epoch", sa.func.clock_timestamp()))
 
@@ -38,7 +38,7 @@ class SqlTable:
     :param calls: makes them on its table.
     """
 
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: SqlCalls) -> None:
         self._calls = calls
         self.use(calls.table)
 
@@ -70,7 +70,7 @@ class SqlTable:
         def call(connection: sa.Connection) -> Row | None:
             return self._find(connection, session_key)
 
-        return self._calls.make(call, deadline)
+        return self._calls.run(call, deadline)
 
     def insert(self, row: Row, deadline: float) -> bool:
         """Insert a row; False where one stands already, which is left alone."""
@@ -86,7 +86,7 @@ class SqlTable:
             deadline,
         )
 
-    def bury(self, tombstone: Row, deadline: float, *, has_row: bool) -> bool:
+    def put_tombstone(self, tombstone: Row, deadline: float, *, has_row: bool) -> bool:
         """Put a tombstone where the row is or would be.
 
         :param has_row: whether a row is expected; decides which statement is first.
@@ -94,15 +94,15 @@ class SqlTable:
         """
 
         def call(connection: sa.Connection) -> bool:
-            if has_row and self._bury(connection, tombstone):
+            if has_row and self._end_row(connection, tombstone):
                 return True
             # A row may be inserted between the two statements, so that the update
             # comes last in any case.
-            return self._insert(connection, tombstone) or self._bury(
+            return self._insert(connection, tombstone) or self._end_row(
                 connection, tombstone
             )
 
-        return self._calls.make(call, deadline)
+        return self._calls.run(call, deadline)
 
     def move(
         self, tombstone: Row, new: Row, deadline: float, *, seen_version: int | None
@@ -117,10 +117,10 @@ class SqlTable:
         def call(connection: sa.Connection) -> bool:
             with transaction(connection) as undo:
                 if seen_version is None:
-                    buried = self._insert(connection, tombstone)
+                    ended = self._insert(connection, tombstone)
                 else:
-                    buried = self._replace(connection, tombstone, seen_version)
-                if buried and self._insert(connection, new):
+                    ended = self._replace(connection, tombstone, seen_version)
+                if ended and self._insert(connection, new):
                     return True
                 undo()
                 return False
@@ -179,10 +179,10 @@ class SqlTable:
             deleted = [False] * len(rows)
             with transaction(connection):
                 # In one order, so that two that delete the same do not meet crosswise.
-                for place in sorted(
+                for index in sorted(
                     range(len(rows)), key=lambda i: rows[i].session_key
                 ):
-                    deleted[place] = delete_one(connection, rows[place])
+                    deleted[index] = delete_one(connection, rows[index])
             return deleted
 
         def delete_one(connection: sa.Connection, row: Row) -> bool:
@@ -244,7 +244,7 @@ class SqlTable:
         values |= {"key": row.session_key, "seen": seen}
         return connection.execute(self._update, values).rowcount == 1
 
-    def _bury(self, connection: sa.Connection, tombstone: Row) -> bool:
+    def _end_row(self, connection: sa.Connection, tombstone: Row) -> bool:
         columns = self.table.c
         values = columns_of(tombstone)
         del values["session_key"], values["created_at"]
@@ -290,13 +290,13 @@ class SqlTable:
                 found, created_at=row.created_at
             )
 
-        return self._calls.make(once, deadline)
+        return self._calls.run(once, deadline)
 
     def _patiently(
         self, call: Callable[[sa.Connection], _Result], deadline: float
     ) -> _Result:
         """A call that no request waits for: it may take until its deadline."""
-        return self._calls.make(call, deadline, patient=True)
+        return self._calls.run(call, deadline, patient=True)
 
     def dispose(self) -> None:
         """Close the connections; the next call opens new ones."""

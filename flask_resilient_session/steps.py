@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
-from .access import Access
 from .clock import Clock
-from .durable import Durable
+from .context import SessionContext
 from .errors import SessionTooLarge, SessionUnavailable, SqlUnavailable
 from .events import Observer, logger, short
 from .homes import Homes
+from .keyed_queue import KeyedQueue
 from .record import NONCE_BITS, Record, apply_changes
-from .turns import Turns
+from .row import RowRepository
 
 #: What a request did to a session: key -> encoded value, or None to delete it.
 Changes: TypeAlias = Mapping[str, bytes | None]
@@ -35,15 +35,15 @@ class Steps:
     """The parts that every step works with, and the small steps they share.
 
     :ivar homes: the copies of sessions.
-    :ivar durable: their rows.
-    :ivar turns: lines up requests of this process that have met in a session.
+    :ivar rows: their rows.
+    :ivar queue: lines up requests of this process that have met in a session.
     :ivar max_bytes: largest encoded session.
     :ivar random: nonces of stamps.
     """
 
     homes: Homes
-    durable: Durable
-    turns: Turns
+    rows: RowRepository
+    queue: KeyedQueue
     max_bytes: int
     clock: Clock
     random: random_module.Random
@@ -64,7 +64,7 @@ class Steps:
             raise SessionTooLarge(size, self.max_bytes)
         return changed
 
-    def not_kept(self, access: Access, why: object) -> SessionUnavailable:
+    def not_kept(self, context: SessionContext, why: object) -> SessionUnavailable:
         """The error of a change that is not acknowledged.
 
         :param why: ends the sentence "Session … was not changed: …".
@@ -72,9 +72,9 @@ class Steps:
         self.observer.count("unavailable")
         if isinstance(why, SqlUnavailable):
             # A driver's words name hosts and users: for the log, not for visitors.
-            name = short(access.session_key)
+            name = short(context.session_key)
             logger.warning("Session %s was not changed: %s", name, why)
             why = "SQL does not answer"
         return SessionUnavailable(
-            f"Session {short(access.session_key)} was not changed: {why}."
+            f"Session {short(context.session_key)} was not changed: {why}."
         )

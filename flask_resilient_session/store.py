@@ -11,15 +11,15 @@ from __future__ import annotations
 import random as random_module
 
 from .clock import Clock
-from .durable import Durable
 from .ending import Ender
 from .events import Observer
 from .homes import Homes
+from .keyed_queue import KeyedQueue
 from .loading import Loader
 from .moving import Mover
+from .row import RowRepository
 from .saving import Saver
 from .steps import Changes, Steps
-from .turns import Turns
 
 
 class Store:
@@ -29,34 +29,34 @@ class Store:
     then, though a change may have reached some of the places.
 
     :param homes: the copies of sessions.
-    :param durable: their rows.
+    :param rows: their rows.
     :param max_bytes: largest encoded session.
     :param random: nonces of stamps.
-    :param turns: lines up requests of this process that have met in a session.
+    :param queue: lines up requests of this process that have met in a session.
     """
 
     def __init__(
         self,
         *,
         homes: Homes,
-        durable: Durable,
+        rows: RowRepository,
         max_bytes: int,
         clock: Clock,
         random: random_module.Random,
         observer: Observer,
-        turns: Turns | None = None,
+        queue: KeyedQueue | None = None,
     ) -> None:
         self.homes = homes
-        self.durable = durable
+        self.rows = rows
         steps = Steps(
-            homes, durable, turns or Turns(), max_bytes, clock, random, observer
+            homes, rows, queue or KeyedQueue(), max_bytes, clock, random, observer
         )
-        loader = Loader(homes, durable, clock=clock, observer=observer)
+        loader = Loader(homes, rows, clock=clock, observer=observer)
         saver = Saver(steps, loader)
         ender = Ender(steps)
         mover = Mover(steps, loader, saver)
         self.load = loader.load
-        self.peek = loader.peek
+        self.read_copies = loader.read_copies
         self.create = saver.create
         self.save = saver.save
         self.end = ender.end
@@ -66,8 +66,8 @@ class Store:
     def renew(self) -> None:
         """Start anew in a forked child: locks that others hold there stay held."""
         self.homes.cluster.renew()
-        self.durable.renew()
-        self._steps.turns.renew()
+        self.rows.renew()
+        self._steps.queue.renew()
         self._steps.observer.stats.renew()
 
 

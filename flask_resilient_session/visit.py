@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from flask import Flask, Request, Response
 from flask.sessions import SessionInterface
 
-from .access import Access
 from .clock import Clock
 from .config import Settings
+from .context import SessionContext
 from .cookie import read_cookie
 from .errors import SessionUnavailable
 from .events import Observer, logger, short
@@ -50,7 +50,7 @@ class RequestVisit:
         self.saved = False
         self.cookie_came = False
         self.sid: str | None = None
-        self.access: Access | None = None
+        self.context: SessionContext | None = None
         self.found: Live | Gone | Unknown | None = None
 
     def load(self, session: Session) -> None:
@@ -62,15 +62,15 @@ class RequestVisit:
         if sid is None:
             session.fill(None, {})
             return
-        self.access = access = house.keys.access(app, sid, self._new_patience())
-        self.found = house.store.load(access)
+        self.context = context = house.keys.context(app, sid, self._new_patience())
+        self.found = house.store.load(context)
         if isinstance(self.found, Live):
             try:
                 session.fill(sid, self.found.record.payload())
                 return
             except ValueError as error:
                 # Written by another version, which knows more types than this one.
-                name = short(self.access.session_key)
+                name = short(self.context.session_key)
                 logger.error("Session %s cannot be read here: %s", name, error)
                 self.found = Unknown()
         elif isinstance(self.found, Gone):
@@ -82,7 +82,7 @@ class RequestVisit:
 
     def session_key(self) -> str:
         """See :class:`flask_resilient_session.session.Visit`."""
-        return "" if self.access is None else self.access.session_key
+        return "" if self.context is None else self.context.session_key
 
     def refuse_write(self) -> None:
         """See :class:`flask_resilient_session.session.Visit`."""
@@ -96,14 +96,14 @@ class RequestVisit:
         self.has_response = True
         return response
 
-    def access_for_saving(self) -> Access:
+    def context_for_saving(self) -> SessionContext:
         """The loaded session's access, on the terms of saving."""
-        assert self.access is not None
-        return replace(self.access, patience=self._saving_patience())
+        assert self.context is not None
+        return replace(self.context, patience=self._saving_patience())
 
-    def access_to(self, sid: str) -> Access:
+    def context_to(self, sid: str) -> SessionContext:
         """Access to another id, on the terms of saving."""
-        return self._house.keys.access(self._app, sid, self._saving_patience())
+        return self._house.keys.context(self._app, sid, self._saving_patience())
 
     def _saving_patience(self) -> Patience:
         """One for all that is saved in this request."""
@@ -118,7 +118,7 @@ class RequestVisit:
         return self.has_response or self.saved or _in_error_handler()
 
     def _unavailable(self) -> SessionUnavailable:
-        name = "" if self.access is None else f" {short(self.access.session_key)}"
+        name = "" if self.context is None else f" {short(self.context.session_key)}"
         return SessionUnavailable(
             f"Nobody can say whether session{name} exists: neither its nodes nor SQL"
             " answer. Try again in a moment."

@@ -14,14 +14,13 @@ from typing import Any
 import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 
-from flask_resilient_session.access import Access
-from flask_resilient_session.calls import Calls
+from flask_resilient_session.calls import SqlCalls
 from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.cluster import Cluster, NodeLike
 from flask_resilient_session.codec import decode, encode_value
 from flask_resilient_session.config import Timing
 from flask_resilient_session.connections import plain_engine
-from flask_resilient_session.durable import Durable
+from flask_resilient_session.context import SessionContext
 from flask_resilient_session.envelope import Keyring
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.events import Observer
@@ -33,10 +32,11 @@ from flask_resilient_session.patience import Patience
 from flask_resilient_session.record import Entry, Record, Tombstone
 from flask_resilient_session.replication import Gone, Live
 from flask_resilient_session.ring import Ring, RingNode
-from flask_resilient_session.rows import Row, define_table
+from flask_resilient_session.row import RowRepository
 from flask_resilient_session.sql import SqlTable
 from flask_resilient_session.store import Store
-from flask_resilient_session.wire import Get, Parsed, Request, Value
+from flask_resilient_session.table import Row, define_table
+from flask_resilient_session.text_protocol import Get, Parsed, Request, Value
 from servers import Memcached
 
 # A busy machine is no reason for a law to fail.
@@ -233,7 +233,7 @@ def sqlite_table(path: Path | str, **changes: Any) -> SqlTable:
     url = sa.make_url(f"sqlite:///{path}")
     table = define_table(sa.MetaData(), "flask_resilient_session", None)
     timeout = changes.get("sql_timeout", 5.0)
-    calls = Calls(
+    calls = SqlCalls(
         table, lambda: plain_engine(url, timeout, PLACES), **(usual | changes)
     )
     return SqlTable(calls)
@@ -283,9 +283,9 @@ class Site:
         close_nodes()
         self.sql.table.dispose()
 
-    def access(self, name: str) -> Access:
+    def context(self, name: str) -> SessionContext:
         """One session on this site's usual terms."""
-        return Access(session_key(name), self.keyring, self.timing, patient())
+        return SessionContext(session_key(name), self.keyring, self.timing, patient())
 
     def server(self, home: str) -> Memcached:
         """The server behind a node's name."""
@@ -293,7 +293,7 @@ class Site:
 
     def homes(self, name: str) -> list[Memcached]:
         """The servers that are a session's homes, best first."""
-        names = self.store.homes.names(self.access(name))
+        names = self.store.homes.names(self.context(name))
         return [self.server(home) for home in names]
 
     def copy(self, name: str, home: int) -> Any:
@@ -319,16 +319,16 @@ class Site:
 
     def seen(self, name: str = ALICE) -> dict[str, Any] | None:
         """What the next request sees."""
-        return content(self.store.load(self.access(name)))
+        return content(self.store.load(self.context(name)))
 
     def reason(self, name: str = ALICE) -> str | None:
         """Why the next request sees no session."""
-        found = self.store.load(self.access(name))
+        found = self.store.load(self.context(name))
         return found.reason if isinstance(found, Gone) else None
 
     def touch(self, name: str = ALICE) -> Any:
         """A request that only reads the session."""
-        return self.store.save(self.access(name), self.live(name), {})
+        return self.store.save(self.context(name), self.live(name), {})
 
     def is_dead(self, name: str = ALICE) -> bool:
         """Whether every home and SQL hold a tombstone that owes nothing."""
@@ -343,19 +343,19 @@ class Site:
 
     def live(self, name: str, **how: Any) -> Live:
         """Load a session that has to be alive."""
-        loaded = self.store.load(self.access(name), **how)
+        loaded = self.store.load(self.context(name), **how)
         assert isinstance(loaded, Live), loaded
         return loaded
 
     def create(self, name: str, *, required: bool = True, **values: object) -> Live:
         """Store a session under a new id."""
         return self.store.create(
-            self.access(name), encoded(**values), required=required
+            self.context(name), encoded(**values), required=required
         )
 
     def change(self, name: str, **values: object) -> Any:
         """Load a session and save changes to it, as one request does."""
-        return self.store.save(self.access(name), self.live(name), encoded(**values))
+        return self.store.save(self.context(name), self.live(name), encoded(**values))
 
     @contextmanager
     def cost(self) -> Iterator[Cost]:
@@ -395,7 +395,7 @@ def make_site(servers: Sequence[Memcached], path: Path, **changes: Any) -> Site:
     ring = Ring(RingNode(name) for name in nodes)
     homes = Homes(ring, cluster)
     sql = SwitchedSql(sqlite_table(path / "sessions.sqlite"))
-    durable = Durable(
+    durable = RowRepository(
         sql,
         breaker=patient_breaker(),
         gate=some_gate(),
@@ -403,7 +403,7 @@ def make_site(servers: Sequence[Memcached], path: Path, **changes: Any) -> Site:
         user_key="_user_id",
         **common,
     )
-    store = Store(homes=homes, durable=durable, max_bytes=100_000, **common)
+    store = Store(homes=homes, rows=durable, max_bytes=100_000, **common)
     site = Site(servers, store, sql, clock, observer, **changes)
     sql.table.count_expired(0, clock.monotonic() + 30)
     site.statements.watch(sql.table.engine)

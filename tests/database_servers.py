@@ -36,11 +36,11 @@ import pytest
 import sqlalchemy as sa
 
 from builders import PLACES, some_gate
-from flask_resilient_session.calls import Calls
+from flask_resilient_session.calls import SqlCalls
 from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.connections import own_engine, plain_engine
-from flask_resilient_session.rows import define_table
 from flask_resilient_session.sql import SqlTable
+from flask_resilient_session.table import define_table
 from servers import ServerError, ServerMissing, find_program, free_port, wait_until
 
 #: Seconds for a server to start, recovery from a kill included, or to end.
@@ -87,7 +87,7 @@ def server_table(
         url = server.url
 
     table = define_table(sa.MetaData(), name or new_table_name(), None)
-    return SqlTable(Calls(table, new_engine, **settings))
+    return SqlTable(SqlCalls(table, new_engine, **settings))
 
 
 class DatabaseServer(ABC):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from flask_resilient_session.node import Node
-from flask_resilient_session.wire import Get, Value
+from flask_resilient_session.text_protocol import Get, Value
 from servers import Memcached
 
 #: Longest item that the tests read, in bytes.

@@ -141,10 +141,10 @@ class Worker:
     def _is_well(self) -> bool:
         state = self.state
         patience = Patience(state.clock, 2)
-        access = state.keys.access(self.app, "nobody", patience)
+        context = state.keys.context(self.app, "nobody", patience)
         homes = state.store.homes
-        replies = homes.read(access, sorted(homes.cluster.names))
-        row = state.store.durable.read(access)
+        replies = homes.read(context, sorted(homes.cluster.names))
+        row = state.store.rows.read(context)
         return not isinstance(row, SqlSilent) and not any(
             isinstance(reply, Unreachable) for reply in replies.values()
         )

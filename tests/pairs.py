@@ -19,7 +19,7 @@ from builders import (
 from flask_resilient_session.cluster import Cluster
 from flask_resilient_session.node import Node
 from flask_resilient_session.record import Reply
-from flask_resilient_session.wire import Ack, Request
+from flask_resilient_session.text_protocol import Ack, Request
 from servers import Memcached
 
 KEY = session_key("alice")

@@ -108,7 +108,7 @@ def create_app() -> Flask:
     sessions = ResilientSession(app, db)
     state = app.extensions["resilient_session"]
     cluster = state.store.homes.cluster
-    sql = state.store.durable._breaker
+    sql = state.store.rows._breaker
     opened: dict[str, Any] = {"process": None, "nodes": 0, "sql": 0}
 
     @app.post("/login/<user>")

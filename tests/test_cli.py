@@ -116,7 +116,7 @@ def test_clocks_apart_is_4(site: Site, clock: TimeMachine) -> None:
     for options in ([], ["--without-nodes"]):
         result = run(site, *options)
         assert result.exit_code == 4
-        assert "Refused: clocks are apart" in result.stderr
+        assert "Aborted: clocks are apart" in result.stderr
         assert key_of(site.sid())[:12] in result.stderr
         assert key_of(site.sid()) not in result.stderr
     assert len(site.rows()) == 1
@@ -130,7 +130,7 @@ def test_clocks_that_are_apart_on_a_later_page(site: Site, clock: TimeMachine) -
     clock.forward(PAST)
     code, report = run_json(site, "--batch-size", "1")
     assert (code, report["examined"], report["reaped"]) == (4, 1, 1)
-    assert report["refused"].startswith("clocks are apart")
+    assert report["aborted"].startswith("clocks are apart")
     assert "in this host's future" in report["detail"]
     assert list(site.rows()) == [key_of(site.sid())]
 
@@ -146,7 +146,7 @@ def test_a_host_without_the_nodes_is_4(
     assert result.exit_code == 4
     assert "RESILIENT_SESSION_NODES" in result.stderr
     assert len(site.rows()) == 1
-    assert run_json(elsewhere)[1]["refused"]
+    assert run_json(elsewhere)[1]["aborted"]
     assert run(elsewhere, "--without-nodes").exit_code == 0
     assert site.rows() == {}
     sites.nodes = nodes

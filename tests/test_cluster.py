@@ -28,7 +28,7 @@ from flask_resilient_session.record import (
     Tombstone,
     Unreachable,
 )
-from flask_resilient_session.wire import Ack
+from flask_resilient_session.text_protocol import Ack
 from misbehaving import FakeServer
 from pairs import KEY, SEALED, STORED_KEY, pair_of, read, real_pair, write
 from servers import Memcached
@@ -58,7 +58,7 @@ def test_both_requests_are_sent_before_either_is_answered(kind: str) -> None:
             if kind == "read":
                 assert read(cluster) == dict.fromkeys(PAIR, Miss())
             else:
-                request = cluster.place(KEY, SEALED, 60, None)
+                request = cluster.swap(KEY, SEALED, 60, None)
                 assert write(cluster, request) == [Ack.STORED, Ack.STORED]
         assert cluster._observer.stats["round_trips"] == 2
 
@@ -68,7 +68,7 @@ def test_answers_are_in_the_order_of_the_requests(nodes: list[Memcached]) -> Non
     cluster = real_pair(nodes)
     nodes[1].raw_set(STORED_KEY, b"there")
     cluster.read([SECOND_HOME], KEY, KEYRING, patient())
-    add = cluster.place(KEY, SEALED, 60, None)
+    add = cluster.swap(KEY, SEALED, 60, None)
     assert write(cluster, add) == [Ack.STORED, Ack.CONFLICT]
 
 
@@ -87,19 +87,22 @@ def test_what_was_placed_is_read(nodes: list[Memcached]) -> None:
     cluster = real_pair(nodes)
     assert read(cluster) == dict.fromkeys(PAIR, Miss())
     stored = [Ack.STORED, Ack.STORED]
-    assert write(cluster, cluster.place(KEY, SEALED, 60, None)) == stored
+    assert write(cluster, cluster.swap(KEY, SEALED, 60, None)) == stored
     replies = read(cluster)
     for name, server in zip(PAIR, nodes, strict=True):
         reply = replies[name]
         assert isinstance(reply, Hit)
         assert reply.copy == record()
         newer = KEYRING.seal(KEY, record(writes=5))
-        place = cluster.place(KEY, newer, 60, reply.token)
-        assert cluster.write([(name, place)], patient()) == [Ack.STORED]
-        assert cluster.write([(name, place)], patient()) == [Ack.CONFLICT]
+        swap = cluster.swap(KEY, newer, 60, reply.token)
+        assert cluster.write([(name, swap)], patient()) == [Ack.STORED]
+        assert cluster.write([(name, swap)], patient()) == [Ack.CONFLICT]
         assert server.raw_get(STORED_KEY) == newer
     dead = Tombstone("ended", NOW)
-    assert write(cluster, cluster.bury(KEY, KEYRING.seal(KEY, dead), 60)) == stored
+    assert (
+        write(cluster, cluster.put_tombstone(KEY, KEYRING.seal(KEY, dead), 60))
+        == stored
+    )
     assert [r.copy for r in read(cluster).values() if isinstance(r, Hit)] == [dead] * 2
     assert write(cluster, cluster.remove(KEY)) == stored
     assert read(cluster) == dict.fromkeys(PAIR, Miss())
@@ -125,8 +128,8 @@ def test_what_is_no_record_of_this_session_is_corrupt(
     nodes[0].raw_set(STORED_KEY, data, flags=flags)
     reply = read(cluster)[FIRST_HOME]
     assert isinstance(reply, Corrupt)
-    place = cluster.place(KEY, SEALED, 60, reply.token)
-    answers = cluster.write([(FIRST_HOME, place)], patient())
+    swap = cluster.swap(KEY, SEALED, 60, reply.token)
+    answers = cluster.write([(FIRST_HOME, swap)], patient())
     assert answers == [Ack.STORED]
 
 
@@ -177,12 +180,12 @@ def test_equal_copies_are_opened_once(
 def test_homes_are_swapped_all_or_none(nodes: list[Memcached]) -> None:
     """Where one cannot be asked for want of an old connection, none is."""
     cluster = real_pair(nodes)
-    write(cluster, cluster.place(KEY, SEALED, 60, None))
+    write(cluster, cluster.swap(KEY, SEALED, 60, None))
     tokens = [r.token for r in read(cluster).values() if isinstance(r, Hit)]
     cluster._nodes[SECOND_HOME].drop_idle()
     newer = KEYRING.seal(KEY, record(writes=5))
     requests = [
-        (name, cluster.place(KEY, newer, 60, token))
+        (name, cluster.swap(KEY, newer, 60, token))
         for name, token in zip(PAIR, tokens, strict=True)
     ]
     assert cluster.write(requests, patient()) == [Ack.CONFLICT, Ack.CONFLICT]

@@ -25,7 +25,7 @@ from flask_resilient_session.events import node_down, node_up
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.node import ToSend, _Connection
 from flask_resilient_session.record import Hit, Miss, Reply, Unreachable
-from flask_resilient_session.wire import Ack
+from flask_resilient_session.text_protocol import Ack
 from misbehaving import FakeServer, answering, black_hole, hang
 from pairs import KEY, SEALED, STORED_KEY, pair_of, read, real_pair
 from servers import Memcached, wait_until
@@ -226,7 +226,7 @@ def test_what_never_reached_a_node_is_no_sign_of_life(nodes: list[Memcached]) ->
     assert isinstance(reply, Hit)
     nodes[0].kill()
     assert isinstance(read(cluster)[FIRST_HOME], Unreachable)
-    late = cluster.place(KEY, SEALED, 60, reply.token)
+    late = cluster.swap(KEY, SEALED, 60, reply.token)
     deadline = time.monotonic() + 20
     while cluster.write([(FIRST_HOME, late)], patient()) == [Ack.UNREACHABLE]:
         assert time.monotonic() < deadline

@@ -167,7 +167,7 @@ def test_a_reaper_whose_clock_is_wrong(
     for options in ([], ["--without-nodes"]):
         code, said = reaped_with_a_clock(lab, apart_ms, *options)
         assert code == 4
-        assert "Refused: clocks are apart" in said
+        assert "Aborted: clocks are apart" in said
         assert f"{where} the database's" in said
     assert user.sees() == MEMBER
     assert lab.row(gone) == MEMBER | {"x": 2}
@@ -353,7 +353,7 @@ def test_a_logout_without_sql(hasty: DatabaseLab, end: str) -> None:
 def test_a_hung_database_costs_a_few_timeouts(hasty: DatabaseLab) -> None:
     """Many requests that are due to write SQL, and only the first of them wait."""
     users = [member(hasty) for _ in range(12)]
-    hasty.worker.state.store.durable._breaker = _patient_prober(hasty.worker)
+    hasty.worker.state.store.rows._breaker = _patient_prober(hasty.worker)
     hasty.pass_time(N + 1)
     hasty.database_gone("freeze")
     answers = [in_time(user.changes(x=1)) for user in users]
@@ -401,13 +401,13 @@ def test_a_restart_in_mid_traffic(hasty: DatabaseLab) -> None:
         assert acknowledged <= found <= acknowledged + lost
 
 
-@pytest.mark.parametrize("places", [1, 3])
+@pytest.mark.parametrize("slots", [1, 3])
 def test_sql_concurrency_is_the_number_of_connections(
-    nodes: list[Memcached], table: ServerTable, places: int
+    nodes: list[Memcached], table: ServerTable, slots: int
 ) -> None:
     """However many requests need SQL at once; each of them has its turn."""
     config = {
-        "RESILIENT_SESSION_SQL_CONCURRENCY": places,
+        "RESILIENT_SESSION_SQL_CONCURRENCY": slots,
         "RESILIENT_SESSION_SQL_TIMEOUT": 20.0,
     }
     with opened(DatabaseLab(nodes, table, **config)) as lab:
@@ -415,7 +415,7 @@ def test_sql_concurrency_is_the_number_of_connections(
         for node in nodes:
             node.flush()
         lab.worker.state.sql.dispose()
-        gate = lab.worker.state.store.durable._gate
+        gate = lab.worker.state.store.rows._gate
         answers: list[Answer] = []
         threads = [
             threading.Thread(target=lambda user=user: answers.append(user.does(dict)))
@@ -425,12 +425,12 @@ def test_sql_concurrency_is_the_number_of_connections(
             before = table.connections()
             for thread in threads:
                 thread.start()
-            wait_until(lambda: gate.waiting == 50 - places, 20.0, "the others to wait")
-            wait_until(lambda: table.connections() == before + places, 20.0)
+            wait_until(lambda: gate.waiting == 50 - slots, 20.0, "the others to wait")
+            wait_until(lambda: table.connections() == before + slots, 20.0)
         most = 0
         while any(thread.is_alive() for thread in threads):
             most = max(most, table.connections() - before)
-        assert most <= places
+        assert most <= slots
         assert [answer.status for answer in answers] == [200] * 50
 
 
@@ -463,5 +463,5 @@ def test_the_database_is_away_when_the_application_starts(
 
 def _patient_prober(worker: Worker) -> Any:
     """A breaker as it is by default, whose probes are a second apart."""
-    breaker = type(worker.state.store.durable._breaker)
+    breaker = type(worker.state.store.rows._breaker)
     return breaker(first_pause=30.0, longest_pause=30.0)

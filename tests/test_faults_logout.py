@@ -275,7 +275,7 @@ def test_debt(hasty: Lab) -> None:
     assert hasty.copies(late) == [DEAD, DEAD]
     for _ in range(2):
         assert late.sees() == {}
-    hasty.worker.state.store.durable._debts.clear()  # as if its process had ended
+    hasty.worker.state.store.rows._debts.clear()  # as if its process had ended
     hasty.sql_back()
     hasty.settle()
     assert hasty.row(late) == MEMBER, "not told yet"

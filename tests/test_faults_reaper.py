@@ -239,18 +239,18 @@ def test_tombstone_goes_in_the_end(lab: Lab) -> None:
 def _between_asking_and_doing(lab: Lab, act: Callable[[], Any]) -> None:
     """Do something once, after the reaper asked the homes and before it acts."""
     store = lab.worker.state.store
-    peek = store.peek
+    read_copies = store.read_copies
     done = False
 
     def peek_then_act(*args: Any) -> Any:
         nonlocal done
-        replies = peek(*args)
+        replies = read_copies(*args)
         if not done:
             done = True
             act()
         return replies
 
-    store.peek = peek_then_act
+    store.read_copies = peek_then_act
 
 
 @pytest.mark.parametrize("forgetful", [False, True], ids=["homes know", "homes forget"])
@@ -383,6 +383,6 @@ def test_host_without_the_rows_nodes(
         lab.pass_time(DUE)
         worker = lab.new_worker({"elsewhere": three_nodes[2].address})
         report = worker.reap()
-        assert report.refused is not None
+        assert report.aborted is not None
         assert report.reaped == 0
         assert lab.row(user) == MEMBER

@@ -28,7 +28,7 @@ from flask_resilient_session.envelope import (
     _pack,
 )
 from flask_resilient_session.record import Entry, Record, Tombstone
-from flask_resilient_session.wire import (
+from flask_resilient_session.text_protocol import (
     Ack,
     Add,
     Cas,

@@ -33,7 +33,7 @@ class Queue:
         before = self._gate.waiting
 
         def go() -> None:
-            with self._gate.place(LONG, writes=writes):
+            with self._gate.slot(LONG, writes=writes):
                 self.order.append(name)
 
         thread = threading.Thread(target=go)
@@ -52,14 +52,14 @@ def test_no_more_than_there_are_places() -> None:
     """One more than that waits, and is told after his time."""
     gate = some_gate(2)
     gate._enter(0, gate._readers)
-    with gate.place(0):
+    with gate.slot(0):
         started = time.monotonic()
         error = in_thread(lambda: enter(gate, 0.1))
         assert isinstance(error, SqlBusy)
         assert "too many requests" in str(error)
         assert 0.1 <= time.monotonic() - started < LONG / 2
         assert gate.waiting == 0
-    with gate.place(0):
+    with gate.slot(0):
         pass
 
 
@@ -67,7 +67,7 @@ def test_who_writes_goes_before_who_reads() -> None:
     """A login waits for no reads that came before it; among equals nobody overtakes."""
     gate = some_gate(1)
     queue = Queue(gate)
-    with gate.place(0):
+    with gate.slot(0):
         for number in range(5):
             queue.joined_by(f"read {number}", writes=False)
         for number in range(3):
@@ -80,7 +80,7 @@ def test_who_writes_goes_before_who_reads() -> None:
 def test_what_can_wait_takes_a_free_place_only() -> None:
     """With nobody in front of it, and no place either, it is put off at once."""
     gate = some_gate(1)
-    with gate.place(0):
+    with gate.slot(0):
         assert isinstance(in_thread(lambda: enter(gate, 0)), SqlBusy)
     assert in_thread(lambda: enter(gate, 0)) is None
 
@@ -88,7 +88,7 @@ def test_what_can_wait_takes_a_free_place_only() -> None:
 def test_who_has_a_place_needs_no_other() -> None:
     """One call within another's; another gate is another matter."""
     gate, other = some_gate(1), some_gate(1)
-    with gate.place(0), gate.place(0), other.place(0):
+    with gate.slot(0), gate.slot(0), other.slot(0):
         assert isinstance(in_thread(lambda: enter(gate, 0)), SqlBusy)
     assert in_thread(lambda: enter(gate, 0)) is None
 
@@ -103,7 +103,7 @@ def test_an_interrupted_wait_leaves_the_queue() -> None:
     def interrupt(wait: object, seconds: float, clock: object) -> bool:
         raise Interrupted
 
-    with pytest.MonkeyPatch.context() as patch, gate.place(0):
+    with pytest.MonkeyPatch.context() as patch, gate.slot(0):
         patch.setattr("flask_resilient_session.gate.wait_for", interrupt)
         error = in_thread(lambda: enter(gate, LONG))
         assert isinstance(error, Interrupted)
@@ -118,7 +118,7 @@ def test_a_turn_that_comes_at_the_last_moment_is_taken() -> None:
         holding, leave = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with gate.place(0):
+            with gate.slot(0):
                 holding.set()
                 leave.wait(LONG)
 
@@ -132,7 +132,7 @@ def test_a_turn_that_comes_at_the_last_moment_is_taken() -> None:
             return False
 
         patch.setattr("flask_resilient_session.gate.wait_for", too_late)
-        with gate.place(LONG):
+        with gate.slot(LONG):
             assert isinstance(in_thread(lambda: enter(gate, 0)), SqlBusy)
     assert in_thread(lambda: enter(gate, 0)) is None
 
@@ -140,7 +140,7 @@ def test_a_turn_that_comes_at_the_last_moment_is_taken() -> None:
 def test_an_error_frees_a_place() -> None:
     """As a hung connection does that was hung up on."""
     gate = some_gate(1)
-    with pytest.raises(OSError), gate.place(0):  # noqa: PT011 - any will do
+    with pytest.raises(OSError), gate.slot(0):  # noqa: PT011 - any will do
         raise OSError
     assert in_thread(lambda: enter(gate, 0)) is None
 
@@ -169,7 +169,7 @@ gate, order, most = Gate(2, SystemClock()), [], 0
 def go(name, writes, seconds=20):
     global most
     try:
-        with gate.place(seconds, writes=writes):
+        with gate.slot(seconds, writes=writes):
             most = max(most, 2 - gate._free)
             gevent.sleep(0.05)
             order.append(name)
@@ -194,7 +194,7 @@ def test_greenlets_wait_their_turn() -> None:
 def enter(gate: Gate, seconds: float) -> BaseException | None:
     """Take a place and leave it; why there was none."""
     try:
-        with gate.place(seconds):
+        with gate.slot(seconds):
             return None
     except BaseException as error:  # noqa: BLE001 - handed to the caller
         return error

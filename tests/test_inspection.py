@@ -89,8 +89,8 @@ def test_how_the_request_came_by_it_is_shown(loaded: Any, standing: str) -> None
 
 def test_what_loading_found_is_shown_beside_what_is_there_now() -> None:
     """A home that was silent or behind a moment ago may have recovered."""
-    places = {FIRST_HOME: TOKENS[FIRST_HOME]}
-    loaded = Live(SAME, Standing.CONFIRMED, places, (FIRST_HOME,))
+    writable = {FIRST_HOME: TOKENS[FIRST_HOME]}
+    loaded = Live(SAME, Standing.CONFIRMED, writable, (FIRST_HOME,))
     seen = shown("same", "same", "live", loaded)
     assert seen.repairs == (FIRST_HOME,)
     assert seen.nodes[FIRST_HOME].found == "outdated"

@@ -28,8 +28,8 @@ from builders import (
     session_key,
     timing,
 )
+from flask_resilient_session.text_protocol import Ack, Add, Cas, Get, Set, Value
 from flask_resilient_session.times import exptime_seconds
-from flask_resilient_session.wire import Ack, Add, Cas, Get, Set, Value
 from reaping import counts, reap
 from servers import Memcached
 
@@ -197,7 +197,7 @@ def test_a_session_that_is_over_leaves_the_nodes_by_itself(site: Site) -> None:
 def test_an_end_stays_on_the_nodes_for_as_long(site: Site) -> None:
     """No copy that a node may still hold outlives the session's tombstone."""
     site.create(ALICE, page=1)
-    site.store.end(site.access(ALICE), site.live(ALICE))
+    site.store.end(site.context(ALICE), site.live(ALICE))
     assert site.is_dead()
     for seconds in left(site):
         assert seconds is not None

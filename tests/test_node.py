@@ -14,7 +14,7 @@ from builders import (
     real_node,
 )
 from flask_resilient_session.node import IDLE_CONNECTIONS
-from flask_resilient_session.wire import (
+from flask_resilient_session.text_protocol import (
     Absent,
     Ack,
     Add,
@@ -83,7 +83,7 @@ def test_what_the_server_refuses(memcached: Memcached) -> None:
     node = real_node(memcached)
     memcached.raw_set("k", b"old")
     answer = ask(node, Cas("k", bytes(2_000_000), 60, *read(node)))
-    assert answer is Ack.REFUSED
+    assert answer is Ack.REJECTED
     assert ask(node, Add("other", b"fits", 60)) is Ack.STORED
     assert connections(memcached) == 1
 

@@ -97,7 +97,7 @@ class Traffic:
     def __init__(self, lab: Lab, nodes: Sequence[str]) -> None:
         self._lab = lab
         self.workers = [Served(lab, nodes) for _ in range(2)]
-        self._turns = [threading.RLock() for _ in self.workers]
+        self._queue = [threading.RLock() for _ in self.workers]
         self.visitors = [self._visitor() for _ in range(USERS)]
         self._dead: frozenset[str] = frozenset()
         #: Odd while a node dies: what a request meets then, nobody knows.
@@ -144,7 +144,7 @@ class Traffic:
         In between they differ. What :meth:`take` gives next was spent after the last
         one was replaced.
         """
-        for number, turn in enumerate(self._turns):
+        for number, turn in enumerate(self._queue):
             new = Served(self._lab, nodes)
             with turn:
                 old, self.workers[number] = self.workers[number], new
@@ -154,7 +154,7 @@ class Traffic:
 
     def look(self, number: int, user: User) -> tuple[Any, Cost]:
         """What somebody else sees at one of the workers, and what it costs."""
-        with self._turns[number]:
+        with self._queue[number]:
             answer, cost = self.workers[number].serve(user, changing=False)
         return answer.data, cost
 
@@ -171,9 +171,9 @@ class Traffic:
 
     def take(self) -> list[Cost]:
         """What each session has cost since this was last asked."""
-        with contextlib.ExitStack() as turns:
-            for turn in self._turns:
-                turns.enter_context(turn)
+        with contextlib.ExitStack() as queue:
+            for turn in self._queue:
+                queue.enter_context(turn)
             costs = [visitor.cost for visitor in self.visitors]
             for visitor in self.visitors:
                 visitor.cost = Counter()
@@ -192,7 +192,7 @@ class Traffic:
 
     def _visit(self, visitor: Visitor, chance: random.Random) -> None:
         number, changing = chance.randrange(2), chance.random() < 0.5
-        with self._turns[number]:
+        with self._queue[number]:
             served = self.workers[number]
             epoch, expected = self._epoch, self._cost(visitor, served, changing)
             answer, cost = served.serve(visitor.user, changing=changing)

@@ -18,7 +18,7 @@ from builders import (
     real_node,
 )
 from flask_resilient_session.node import NodeFault, send_all
-from flask_resilient_session.wire import (
+from flask_resilient_session.text_protocol import (
     Absent,
     Ack,
     Add,

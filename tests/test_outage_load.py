@@ -270,7 +270,7 @@ def test_past_the_bound_a_late_sync_waits_its_turn(
     with new_lab(three_nodes, lab_database, **config) as lab:
         user = lab.member(colour="red")
         statements = Statements(lab.worker)
-        gate = lab.worker.state.store.durable._gate
+        gate = lab.worker.state.store.rows._gate
         with places_taken(lab, statements):
             lab.pass_time(after)
             change = lab.start(lambda: user.changes(colour="blue"))
@@ -296,7 +296,7 @@ def test_a_login_is_not_kept_waiting_by_reads(
         for user in (first, *readers):
             lab.evict(user, FIRST)
         statements = Statements(lab.worker)
-        gate = lab.worker.state.store.durable._gate
+        gate = lab.worker.state.store.rows._gate
         answers: list[Answer] = []
         threads = [
             threading.Thread(target=lambda user=user: answers.append(reads(user)))

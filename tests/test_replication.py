@@ -52,10 +52,10 @@ from flask_resilient_session.replication import (
     sql_need,
     to_remove,
 )
-from flask_resilient_session.wire import Ack
+from flask_resilient_session.text_protocol import Ack
 
 
-def places(*answers: str) -> dict[str, Token | None]:
+def writable(*answers: str) -> dict[str, Token | None]:
     """Where can be written: everywhere but at an unreachable home."""
     return {
         home: None if answer == "miss" else TOKENS[home]
@@ -94,11 +94,11 @@ def test_what_the_homes_settle(first: str, second: str) -> None:
         {"never", "expired"},
     )
     if "dead" in (first, second):
-        spread = without_tombstone(first, second)
-        assert verdict == Gone("ended", DEAD.ended_ms, DEAD, spread)
+        propagate_to = without_tombstone(first, second)
+        assert verdict == Gone("ended", DEAD.ended_ms, DEAD, propagate_to)
     elif {first, second} in agree:
         record_ = joined(*live_copies(first, second))
-        places_ = places(first, second)
+        places_ = writable(first, second)
         assert verdict == Live(record_, Standing.AGREED, places_, ())
     else:
         assert verdict is None
@@ -114,14 +114,16 @@ def test_what_sql_settles(first: str, second: str, row: str) -> None:
     copies = live_copies(first, second)
     if row == "dead":
         dead = ROWS["dead"].tombstone  # type: ignore[union-attr]
-        spread = without_tombstone(first, second)
-        assert verdict == Gone("moved", dead.ended_ms, dead, spread)
+        propagate_to = without_tombstone(first, second)
+        assert verdict == Gone("moved", dead.ended_ms, dead, propagate_to)
     elif row == "silent":
         if not copies or {first, second} <= {"expired", *ANSWERS[-3:]}:
             assert verdict == Unknown()
         else:
             record_ = replace(joined(*copies), unverified=True)
-            assert verdict == Live(record_, Standing.UNVERIFIED, places(first, second))
+            assert verdict == Live(
+                record_, Standing.UNVERIFIED, writable(first, second)
+            )
     elif row == "missing":
         if not copies or any(not copy.never_synced for copy in copies):
             over = {first, second} <= {"expired", "miss", "corrupt"}
@@ -151,7 +153,7 @@ def check_confirmed(verdict: Live, row: str, first: str, second: str) -> None:
         expected = replace(expected, writes=max(expected.writes, 1))
     assert verdict.record == expected
     assert verdict.standing is Standing.CONFIRMED
-    assert verdict.places == places(first, second)
+    assert verdict.writable == writable(first, second)
     # A home is fine only with a verified copy of this very state, of this
     # configuration, that has heard of the last sync.
     stamp = expected.entries["name"].counter
@@ -168,11 +170,11 @@ def check_confirmed(verdict: Live, row: str, first: str, second: str) -> None:
 
 def test_a_move_at_work_buries_its_old_copies_itself() -> None:
     """For a minute it may still find there what others had acknowledged."""
-    for age_ms, spread in ((59_999, ()), (60_000, PAIR)):
+    for age_ms, propagate_to in ((59_999, ()), (60_000, PAIR)):
         row = RowDead(Tombstone("moved", NOW - age_ms))
         verdict = judge_row(replies("same", "miss"), row, TIMING, NOW)
         assert isinstance(verdict, Gone)
-        assert verdict.spread == spread
+        assert verdict.propagate_to == propagate_to
 
 
 def test_of_two_tombstones_the_final_one_counts() -> None:
@@ -319,7 +321,7 @@ def test_fewer_homes_than_two_are_never_enough() -> None:
 def test_which_old_copies_must_go(first: Ack, second: Ack) -> None:
     """One that refused, unless the other home's new copy disagrees anyway."""
     acks = {"a": first, "b": second}
-    refused = [name for name, ack in acks.items() if ack is Ack.REFUSED]
+    refused = [name for name, ack in acks.items() if ack is Ack.REJECTED]
     if Ack.STORED in (first, second):
         refused = []
     token = Token(1, 1)

@@ -29,8 +29,8 @@ from builders import (
     timing,
 )
 from flask_resilient_session.reaping import (
-    Bury,
     Keep,
+    PutTombstone,
     Reap,
     Renew,
     apart_from_database,
@@ -67,7 +67,7 @@ def test_what_becomes_of_a_row_past_its_time(first: str, second: str, row: str) 
     elif row == "dead":
         assert isinstance(verdict, Keep if in_use else Reap)
     elif "dead" in (first, second):
-        assert verdict == Bury(DEAD)
+        assert verdict == PutTombstone(DEAD)
     elif row in ("live", "ahead"):
         assert isinstance(verdict, Renew)  # this row itself is not past its time
         expected = joined(*copies, ROWS[row].record)  # type: ignore[union-attr]
@@ -120,7 +120,7 @@ def test_an_unreadable_row_goes_in_the_end(
 def test_the_row_learns_that_a_debt_is_paid() -> None:
     """The tombstone that goes to SQL owes SQL nothing any more."""
     owing = {FIRST_HOME: Hit(replace(DEAD, debt=True), TOKENS[FIRST_HOME])}
-    assert may_reap(ROWS["live"], owing, TIMING, NOW, NOW) == Bury(DEAD)
+    assert may_reap(ROWS["live"], owing, TIMING, NOW, NOW) == PutTombstone(DEAD)
 
 
 def test_a_silent_home_is_named() -> None:

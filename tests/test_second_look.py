@@ -15,7 +15,7 @@ from flask_resilient_session import (
     session_regenerated,
     session_revoked,
 )
-from flask_resilient_session.access import Access
+from flask_resilient_session.context import SessionContext
 from flask_resilient_session.errors import SqlBusy
 from flask_resilient_session.replication import RowLive
 from misbehaving import in_child
@@ -88,19 +88,19 @@ def test_what_cannot_be_carried_over_does_not_cost_the_session(
 
 def test_a_child_starts_with_places_of_its_own(site: Site) -> None:
     """What its parent's threads held at the fork is not held there for ever."""
-    durable = site.state.store.durable
+    durable = site.state.store.rows
     gate = durable._gate
-    access = Access(
+    context = SessionContext(
         key_of(site.sid()),
         site.state.keys.of(site.app).keyring,
         site.state.settings.timing(3600),
         patient(),
     )
-    assert gate.places == site.state.settings.sql_concurrency
-    for _ in range(gate.places):
+    assert gate.slots == site.state.settings.sql_concurrency
+    for _ in range(gate.slots):
         gate._enter(0, gate._readers)
-    assert in_child(lambda: isinstance(durable.read(access), RowLive))
-    for _ in range(gate.places):
+    assert in_child(lambda: isinstance(durable.read(context), RowLive))
+    for _ in range(gate.slots):
         gate._leave()
 
 
@@ -112,7 +112,7 @@ def test_without_nodes_there_is_the_same_gate(sites: Sites) -> None:
         RESILIENT_SESSION_SQL_TIMEOUT=0.1,
     )
     site.set(a=1)
-    gate = site.state.store.durable._gate
+    gate = site.state.store.rows._gate
     gate._enter(0, gate._readers)
     response = site.browser.get("/")
     assert response.status_code == 503

@@ -20,8 +20,8 @@ from builders import (
 )
 from database_servers import DatabaseServer, server_table
 from flask_resilient_session.errors import SqlUnavailable
-from flask_resilient_session.rows import Row
 from flask_resilient_session.sql import SqlTable
+from flask_resilient_session.table import Row
 from misbehaving import run_together
 
 KEY, OTHER = session_key("alice"), session_key("bob")
@@ -203,14 +203,14 @@ def test_writers_of_one_hot_row(table: SqlTable) -> None:
 def test_burying_a_live_row(table: SqlTable, has_row: bool) -> None:
     """Whatever its version, expected or not, the record is gone."""
     table.insert(row(KEY, version=41, user_id="bob", created_at=7), soon())
-    assert table.bury(tombstone_row(KEY), soon(), has_row=has_row)
+    assert table.put_tombstone(tombstone_row(KEY), soon(), has_row=has_row)
     assert table.read(KEY, soon()) == tombstone_row(KEY, version=42, created_at=7)
 
 
 @pytest.mark.parametrize("has_row", [True, False])
 def test_burying_what_has_no_row(table: SqlTable, has_row: bool) -> None:
     """The tombstone stands where the row would be, so that no insert succeeds."""
-    assert table.bury(tombstone_row(KEY), soon(), has_row=has_row)
+    assert table.put_tombstone(tombstone_row(KEY), soon(), has_row=has_row)
     assert not table.insert(row(KEY), soon())
     assert table.read(KEY, soon()) == tombstone_row(KEY)
 
@@ -220,7 +220,7 @@ def test_burying_the_dead_changes_nothing(table: SqlTable, has_row: bool) -> Non
     """The first end of a session is the one that counts."""
     table.insert(tombstone_row(KEY), soon())
     late = tombstone_row(KEY, reason="moved", revoked_at=NOW + 99)
-    assert not table.bury(late, soon(), has_row=has_row)
+    assert not table.put_tombstone(late, soon(), has_row=has_row)
     assert table.read(KEY, soon()) == tombstone_row(KEY)
 
 
@@ -331,7 +331,9 @@ def test_pages_of_expired_rows(table: SqlTable, limit: int) -> None:
         table.insert(row(key, expires_at=NOW + number // 3), soon())
         expected.append(key)
     table.insert(row(session_key("later"), expires_at=NOW + 3), soon())
-    table.bury(tombstone_row(expected[0], expires_at=NOW), soon(), has_row=True)
+    table.put_tombstone(
+        tombstone_row(expected[0], expires_at=NOW), soon(), has_row=True
+    )
     found: list[str] = []
     after = (0, "")
     while rows := table.page_expired(NOW + 3, after, limit, soon()):
@@ -348,7 +350,7 @@ def test_pages_of_live_rows(table: SqlTable, limit: int) -> None:
     everybody = keys(6)
     for number, key in enumerate(everybody):
         table.insert(row(key, user_id=["bob", "Bob"][number % 2]), soon())
-    table.bury(tombstone_row(everybody[0]), soon(), has_row=True)
+    table.put_tombstone(tombstone_row(everybody[0]), soon(), has_row=True)
 
     def all_of(user: str | None) -> list[str]:
         found: list[str] = []

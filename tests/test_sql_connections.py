@@ -24,12 +24,12 @@ from builders import (
     sqlite_table,
     tombstone_row,
 )
-from flask_resilient_session.calls import Calls
+from flask_resilient_session.calls import SqlCalls
 from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.connections import is_in_memory, own_engine, plain_engine
 from flask_resilient_session.errors import SqlUnavailable
-from flask_resilient_session.rows import define_table
 from flask_resilient_session.sql import SqlTable
+from flask_resilient_session.table import define_table
 from misbehaving import in_child, run_together
 
 KEY, OTHER = session_key("alice"), session_key("bob")
@@ -248,7 +248,7 @@ def test_the_applications_transaction_is_left_alone(path: Path) -> None:
     with app.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE cart (item TEXT)")
         connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-    calls = Calls(
+    calls = SqlCalls(
         define_table(sa.MetaData(), NAME, None),
         lambda: own_engine(app, 0.2, PLACES),
         create_table=True,

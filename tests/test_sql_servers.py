@@ -25,7 +25,7 @@ from database_servers import (
     new_table_name,
     server_table,
 )
-from flask_resilient_session import deadline as deadlines
+from flask_resilient_session import watchdog
 from flask_resilient_session.connections import own_engine
 from flask_resilient_session.errors import SetupError, SqlBusy, SqlUnavailable
 from flask_resilient_session.sql import SqlTable
@@ -67,7 +67,9 @@ def calls(table: SqlTable) -> dict[str, Callable[[float], Any]]:
         "read": lambda until: table.read(KEY, until),
         "insert": lambda until: table.insert(row(OTHER), until),
         "update": lambda until: table.update(row(KEY, version=2), 1, until),
-        "bury": lambda until: table.bury(tombstone_row(KEY), until, has_row=True),
+        "bury": lambda until: table.put_tombstone(
+            tombstone_row(KEY), until, has_row=True
+        ),
         "move": lambda until: table.move(
             tombstone_row(KEY), row(OTHER), until, seen_version=1
         ),
@@ -97,7 +99,7 @@ def locked(server: DatabaseServer, table: SqlTable) -> Iterator[Any]:
         connection.close()
 
 
-# --- deadlines -------------------------------------------------------------------
+# --- watchdog -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -118,7 +120,7 @@ def test_a_locked_row(
             fails(calls(table)[name], seconds)
         assert slow.read(KEY, soon()) == row(KEY), "readers are not kept out"
     # What was given up may have waited on in the server, and been done.
-    assert slow.bury(tombstone_row(KEY), soon(), has_row=True) in (True, False)
+    assert slow.put_tombstone(tombstone_row(KEY), soon(), has_row=True) in (True, False)
 
 
 def test_the_reaper_is_more_patient(
@@ -207,7 +209,7 @@ def test_a_frozen_server_and_many_requests(
     assert threading.active_count() == threads_before
     database.thaw()
     wait_until(lambda: _answers(table), 20.0, "the server to answer again")
-    wait_until(lambda: not deadlines._timekeeper().given_up, 20.0, "late connections")
+    wait_until(lambda: not watchdog._watchdog().given_up, 20.0, "late connections")
 
 
 def test_a_first_call_to_a_frozen_server(
@@ -225,7 +227,7 @@ def test_a_first_call_to_a_frozen_server(
     assert time.monotonic() - started < PATIENCE + SLACK
     database.thaw()
     wait_until(lambda: _answers(table), 20.0, "the server to answer")
-    wait_until(lambda: not deadlines._timekeeper().given_up, 20.0, "late connections")
+    wait_until(lambda: not watchdog._watchdog().given_up, 20.0, "late connections")
 
 
 @pytest.mark.parametrize("driver", ["postgresql+psycopg2", "mysql+pymysql"])
@@ -243,11 +245,11 @@ def test_a_black_hole(driver: str) -> None:
         url = sa.make_url(f"{driver}://user:{PASSWORD}@127.0.0.1:{port}/x")
         table = server_table(None, url=url)
         fails(calls(table)["read"])
-        while deadlines._timekeeper().given_up.total() < deadlines.MOST_GIVEN_UP:
+        while watchdog._watchdog().given_up.total() < watchdog.MOST_GIVEN_UP:
             fails(calls(table)["read"], 0.05)
         text = fails(calls(table)["read"], 30.0)
         assert "still waiting" in text
-        wait_until(lambda: not deadlines._timekeeper().given_up, 30.0, "its threads")
+        wait_until(lambda: not watchdog._watchdog().given_up, 30.0, "its threads")
 
 
 # --- connections that break ------------------------------------------------------
@@ -529,7 +531,7 @@ from flask_resilient_session.clock import SystemClock
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.gate import Gate
 from flask_resilient_session.connections import plain_engine
-from flask_resilient_session.rows import define_table
+from flask_resilient_session.table import define_table
 from flask_resilient_session.sql import SqlTable
 
 url, name = sa.make_url(sys.argv[1]), sys.argv[2]

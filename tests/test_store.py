@@ -150,18 +150,18 @@ def test_a_logout(site: Site, required: bool) -> None:
     """SQL first, then both homes; nothing of the session is left anywhere."""
     site.create(ALICE, required=required, page=1)
     with site.cost() as cost:
-        site.store.end(site.access(ALICE), site.live(ALICE))
+        site.store.end(site.context(ALICE), site.live(ALICE))
     assert cost.round_trips == 2
     assert cost.statements <= 2
     assert site.is_dead()
-    assert isinstance(site.store.load(site.access(ALICE)), Gone)
+    assert isinstance(site.store.load(site.context(ALICE)), Gone)
 
 
 def test_revoking_what_nobody_loaded(site: Site) -> None:
     """A session is ended by its key alone, also one that never had a row."""
     site.create(ALICE, required=False, page=1)
     with site.cost() as cost:
-        site.store.end(site.access(ALICE), None)
+        site.store.end(site.context(ALICE), None)
     assert (cost.round_trips, cost.statements) == (1, 2)
     assert site.is_dead()
 
@@ -172,8 +172,8 @@ def test_a_move(site: Site, required: bool) -> None:
     created = site.create(ALICE, required=required, page=1).record.created_ms
     with site.cost() as cost:
         live = site.live(ALICE)
-        new = site.access(BOB)
-        moved = site.store.move(site.access(ALICE), live, new, encoded(seen=True))
+        new = site.context(BOB)
+        moved = site.store.move(site.context(ALICE), live, new, encoded(seen=True))
     assert cost.round_trips in (2, 3)
     assert cost.statements == 2
     assert content(moved) == {"page": 1, "seen": True}
@@ -186,9 +186,9 @@ def test_a_move(site: Site, required: bool) -> None:
 def test_a_session_that_starts_over(site: Site) -> None:
     """Moved as ended: nothing but the new data is in the new one."""
     site.create(ALICE, page=1)
-    live, new = site.live(ALICE), site.access(BOB)
+    live, new = site.live(ALICE), site.context(BOB)
     change = encoded(_user_id="bob")
-    site.store.move(site.access(ALICE), live, new, change, reason="ended")
+    site.store.move(site.context(ALICE), live, new, change, reason="ended")
     assert site.seen(BOB) == {"_user_id": "bob"}
     assert site.is_dead()
 
@@ -200,8 +200,8 @@ def test_two_requests_change_different_keys(site: Site) -> None:
     """Two loads, two saves: both changes are on both homes."""
     site.create(ALICE, page=1)
     first, second = site.live(ALICE), site.live(ALICE)
-    site.store.save(site.access(ALICE), first, encoded(cart="full"))
-    saved = site.store.save(site.access(ALICE), second, encoded(name="Alice"))
+    site.store.save(site.context(ALICE), first, encoded(cart="full"))
+    saved = site.store.save(site.context(ALICE), second, encoded(name="Alice"))
     both = {"page": 1, "cart": "full", "name": "Alice"}
     assert content(saved) == both
     assert [content(copy) for copy in site.copies(ALICE)] == [both] * 2
@@ -234,8 +234,8 @@ def test_two_due_syncs_at_once(site: Site) -> None:
     site.create(ALICE, page=1)
     site.clock.ahead_ms += 61 * SECOND
     first, second = site.live(ALICE), site.live(ALICE)
-    site.store.save(site.access(ALICE), first, encoded(cart="full"))
-    site.store.save(site.access(ALICE), second, encoded(name="Alice"))
+    site.store.save(site.context(ALICE), first, encoded(cart="full"))
+    site.store.save(site.context(ALICE), second, encoded(name="Alice"))
     both = {"page": 1, "cart": "full", "name": "Alice"}
     assert [content(copy) for copy in site.copies(ALICE)] == [both] * 2
 
@@ -244,9 +244,9 @@ def test_a_logout_wins_over_a_save_in_flight(site: Site) -> None:
     """The save that was under way finds the session gone, and nothing revives it."""
     site.create(ALICE, page=1)
     in_flight = site.live(ALICE)
-    site.store.end(site.access(ALICE), site.live(ALICE))
+    site.store.end(site.context(ALICE), site.live(ALICE))
     assert isinstance(
-        site.store.save(site.access(ALICE), in_flight, encoded(x=1)), Gone
+        site.store.save(site.context(ALICE), in_flight, encoded(x=1)), Gone
     )
     assert site.is_dead()
 
@@ -257,8 +257,8 @@ def test_a_logout_wins_over_a_late_sync(site: Site, changes: dict[str, int]) -> 
     site.create(ALICE, page=1)
     site.clock.ahead_ms += 61 * SECOND
     in_flight = site.live(ALICE)
-    site.store.end(site.access(ALICE), None)
-    saved = site.store.save(site.access(ALICE), in_flight, encoded(**changes))
+    site.store.end(site.context(ALICE), None)
+    saved = site.store.save(site.context(ALICE), in_flight, encoded(**changes))
     assert isinstance(saved, Gone)
     assert site.is_dead()
 
@@ -267,17 +267,17 @@ def test_a_late_visitors_row_does_not_revive(site: Site) -> None:
     """A logout before the first sync: the insert that was due finds a tombstone."""
     site.create(ALICE, required=False, page=1)
     in_flight = site.live(ALICE)
-    site.store.end(site.access(ALICE), site.live(ALICE))
-    assert isinstance(site.store.save(site.access(ALICE), in_flight, {}), Gone)
+    site.store.end(site.context(ALICE), site.live(ALICE))
+    assert isinstance(site.store.save(site.context(ALICE), in_flight, {}), Gone)
     assert site.is_dead()
 
 
 def test_a_visitors_pair_that_rested_asks_sql_first(site: Site) -> None:
     """Somebody who reached SQL but no home may have ended it meanwhile."""
     site.create(ALICE, required=False, cart=1)
-    access = site.access(ALICE)
+    context = site.context(ALICE)
     ended = Tombstone("ended", site.clock.now_ms())
-    site.store.durable.bury(access, ended, None)
+    site.store.rows.put_tombstone(context, ended, None)
     assert site.seen() == {"cart": 1}
     site.clock.ahead_ms += 2 * site.timing.sync_ms + 61_000
     assert site.seen() is None
@@ -288,8 +288,8 @@ def test_a_move_carries_a_concurrent_write_over(site: Site) -> None:
     site.create(ALICE, page=1, cart="empty")
     live = site.live(ALICE)
     site.change(ALICE, cart="full", page=2)
-    new = site.access(BOB)
-    site.store.move(site.access(ALICE), live, new, encoded(page=9))
+    new = site.context(BOB)
+    site.store.move(site.context(ALICE), live, new, encoded(page=9))
     assert site.seen(BOB) == {"page": 9, "cart": "full"}
     assert [content(copy) for copy in site.copies(BOB)] == [site.seen(BOB)] * 2
     assert site.is_dead()
@@ -300,17 +300,17 @@ def test_a_move_that_waited_for_sql_carries_over_all_the_same(
 ) -> None:
     """Its time is over, and what others were told is kept comes along."""
     site.create(ALICE, cart="empty")
-    old, live = site.access(ALICE), site.live(ALICE)
+    old, live = site.context(ALICE), site.live(ALICE)
     site.change(ALICE, cart="full")
-    real = site.store.durable.move
+    real = site.store.rows.move
 
     def slow(*args: Any) -> Any:
         moved = real(*args)
         old.patience.left = -1.0
         return moved
 
-    monkeypatch.setattr(site.store.durable, "move", slow)
-    site.store.move(old, live, replace(site.access(BOB), patience=old.patience), {})
+    monkeypatch.setattr(site.store.rows, "move", slow)
+    site.store.move(old, live, replace(site.context(BOB), patience=old.patience), {})
     assert site.seen(BOB) == {"cart": "full"}
     assert site.is_dead()
 
@@ -323,12 +323,12 @@ def test_a_move_brings_no_deleted_key_back(site: Site, home: int) -> None:
     old_copy = server.raw_get(key)
     assert old_copy is not None
     site.change(ALICE, cart=None)
-    site.store.save(site.access(ALICE), site.live(ALICE), {}, required=True)
+    site.store.save(site.context(ALICE), site.live(ALICE), {}, required=True)
     server.kill()
     live = site.live(ALICE)
     server.start()
     server.raw_set(key, old_copy)
-    site.store.move(site.access(ALICE), live, site.access(BOB), {})
+    site.store.move(site.context(ALICE), live, site.context(BOB), {})
     assert site.seen(BOB) == {"page": 1}
     assert site.is_dead()
 
@@ -337,8 +337,8 @@ def test_a_move_of_the_dead(site: Site) -> None:
     """There is no new session for one that was ended meanwhile."""
     site.create(ALICE, page=1)
     live = site.live(ALICE)
-    site.store.end(site.access(ALICE), None)
-    moved = site.store.move(site.access(ALICE), live, site.access(BOB), {})
+    site.store.end(site.context(ALICE), None)
+    moved = site.store.move(site.context(ALICE), live, site.context(BOB), {})
     assert isinstance(moved, Gone)
     assert site.row(BOB) is None
     assert site.copies(BOB) == [None, None]
@@ -348,13 +348,15 @@ def test_a_move_of_the_dead(site: Site) -> None:
 def test_saving_again_what_was_just_created(site: Site) -> None:
     """The second save of the same request reaches both homes as well."""
     created = site.create(ALICE, page=1)
-    site.store.save(site.access(ALICE), created, encoded(page=2))
+    site.store.save(site.context(ALICE), created, encoded(page=2))
     assert site.seen() == {"page": 2}
-    moved = site.store.move(site.access(ALICE), site.live(ALICE), site.access(BOB), {})
+    moved = site.store.move(
+        site.context(ALICE), site.live(ALICE), site.context(BOB), {}
+    )
     assert isinstance(moved, Live)
-    saved = site.store.save(site.access(BOB), moved, encoded(page=3))
+    saved = site.store.save(site.context(BOB), moved, encoded(page=3))
     assert isinstance(saved, Live)
-    site.store.save(site.access(BOB), saved, encoded(page=4))
+    site.store.save(site.context(BOB), saved, encoded(page=4))
     assert site.seen(BOB) == {"page": 4}
 
 

@@ -24,7 +24,7 @@ from builders import (
 from flask_resilient_session.envelope import CorruptBytes, Keyring, UnknownFormat
 from flask_resilient_session.errors import SessionUnavailable
 from flask_resilient_session.replication import Gone, Standing, Unknown
-from flask_resilient_session.rows import Row
+from flask_resilient_session.table import Row
 from servers import Memcached, ServerError
 
 HOMES = pytest.mark.parametrize("broken", [0, 1], ids=["first_home", "second_home"])
@@ -95,7 +95,7 @@ def test_one_home_dies_between_load_and_save(site: Site, broken: int) -> None:
     site.create(ALICE, page=1)
     live = site.live(ALICE)
     site.homes(ALICE)[broken].kill()
-    site.store.save(site.access(ALICE), live, encoded(page=2))
+    site.store.save(site.context(ALICE), live, encoded(page=2))
     assert site.in_row() == {"page": 2}
     assert content(site.copy(ALICE, 1 - broken)) == {"page": 2}
     assert site.seen() == {"page": 2}
@@ -261,12 +261,12 @@ def test_a_logout_with_sql_down_leaves_a_debt(site: Site) -> None:
     site.create(ALICE, page=1)
     live = site.live(ALICE)
     site.sql.down = True
-    site.store.end(site.access(ALICE), live)
+    site.store.end(site.context(ALICE), live)
     assert [copy.debt for copy in site.copies(ALICE)] == [True, True]
-    assert isinstance(site.store.load(site.access(ALICE)), Gone)
+    assert isinstance(site.store.load(site.context(ALICE)), Gone)
     site.sql.down = False
     assert site.in_row() == {"page": 1}
-    assert isinstance(site.store.load(site.access(ALICE)), Gone)
+    assert isinstance(site.store.load(site.context(ALICE)), Gone)
     assert site.is_dead()
 
 
@@ -278,7 +278,7 @@ def test_a_logout_with_sql_and_a_home_down(site: Site, broken: int) -> None:
     site.sql.down = True
     site.homes(ALICE)[broken].kill()
     with pytest.raises(SessionUnavailable, match="not changed"):
-        site.store.end(site.access(ALICE), live)
+        site.store.end(site.context(ALICE), live)
 
 
 def test_changes_with_sql_down(site: Site) -> None:
@@ -291,9 +291,9 @@ def test_changes_with_sql_down(site: Site) -> None:
     assert site.seen() == {"page": 2}
     live = site.live(ALICE)
     with pytest.raises(SessionUnavailable):
-        site.store.save(site.access(ALICE), live, encoded(_user_id=1), required=True)
+        site.store.save(site.context(ALICE), live, encoded(_user_id=1), required=True)
     with pytest.raises(SessionUnavailable):
-        site.store.move(site.access(ALICE), live, site.access(BOB), {})
+        site.store.move(site.context(ALICE), live, site.context(BOB), {})
     with pytest.raises(SessionUnavailable):
         site.create(BOB, page=1)
     site.create("visitor", required=False, page=1)
@@ -312,8 +312,8 @@ def test_one_place_is_not_enough(site: Site, broken: int) -> None:
     assert live.standing is Standing.UNVERIFIED
     assert content(live) == {"page": 1}
     with pytest.raises(SessionUnavailable):
-        site.store.save(site.access(ALICE), live, encoded(page=2))
-    site.store.save(site.access(ALICE), live, {})
+        site.store.save(site.context(ALICE), live, encoded(page=2))
+    site.store.save(site.context(ALICE), live, {})
     with pytest.raises(SessionUnavailable):
         site.create(BOB, required=False, page=1)
 
@@ -338,4 +338,4 @@ def test_nobody_answers(site: Site) -> None:
     site.sql.down = True
     for home in site.homes(ALICE):
         home.kill()
-    assert site.store.load(site.access(ALICE)) == Unknown()
+    assert site.store.load(site.context(ALICE)) == Unknown()

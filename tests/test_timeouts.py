@@ -48,7 +48,7 @@ def is_served(user: User, *hung: str) -> None:
         assert user.sees() == {"_user_id": "7", "x": 1, "count": count}
     state = worker.state
     assert state.store.homes.cluster.suspects() == set(hung)
-    assert not state.store.durable._breaker.suspect
+    assert not state.store.rows._breaker.suspect
     assert worker.stats["sql_faults"] == 0
     assert worker.stats["unavailable"] == 0
 

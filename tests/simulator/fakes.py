@@ -8,8 +8,8 @@ from typing import NamedTuple, TypeVar
 
 from flask_resilient_session.errors import SqlBusy, SqlUnavailable
 from flask_resilient_session.node import NodeFault
-from flask_resilient_session.rows import Row
-from flask_resilient_session.wire import (
+from flask_resilient_session.table import Row
+from flask_resilient_session.text_protocol import (
     Absent,
     Ack,
     Add,
@@ -153,7 +153,7 @@ class Server:
             if isinstance(request, Set):
                 self.items.pop(request.key, None)
             self.refused_step = self.world.step
-            return Ack.REFUSED
+            return Ack.REJECTED
         expires_ms = self._expires_ms(request.exptime)
         if expires_ms > self.world.now_ms:
             self._store(request.key, request.data, expires_ms)
@@ -519,7 +519,7 @@ class FakeSql:
             lambda: database.replace(row, seen_version),
         )
 
-    def bury(self, tombstone: Row, deadline: float, *, has_row: bool) -> bool:
+    def put_tombstone(self, tombstone: Row, deadline: float, *, has_row: bool) -> bool:
         """Put a tombstone: up to three statements that commit by themselves."""
         database, key = self._database, tombstone.session_key
 

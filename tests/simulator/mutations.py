@@ -17,9 +17,8 @@ from flask_resilient_session import (
     replication,
     saving,
 )
-from flask_resilient_session.access import Access
 from flask_resilient_session.cluster import Cluster
-from flask_resilient_session.durable import Durable
+from flask_resilient_session.context import SessionContext
 from flask_resilient_session.ending import Ender
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.homes import Homes
@@ -41,10 +40,11 @@ from flask_resilient_session.replication import (
     SqlNeed,
     Standing,
 )
+from flask_resilient_session.row import RowRepository
 from flask_resilient_session.saving import Saver
+from flask_resilient_session.text_protocol import Ack, Set
 from flask_resilient_session.times import exptime_seconds as exptime
 from flask_resilient_session.times import touch_due
-from flask_resilient_session.wire import Ack, Set
 
 
 class Patch(Protocol):
@@ -84,12 +84,12 @@ def _mutation(kind: str) -> Callable[[Callable[[Patch], None]], Callable[..., No
 def blind_set(patch: Patch) -> None:
     """Copies are set, not swapped."""
 
-    def place(
+    def swap(
         self: Cluster, session_key: str, data: bytes, exptime: int, token: object
     ) -> Set:
         return Set(self._key_prefix + session_key, data, exptime)
 
-    patch(Cluster, "place", place)
+    patch(Cluster, "swap", swap)
 
 
 @_mutation("none")
@@ -136,17 +136,17 @@ def homes_before_sql(patch: Patch) -> None:
 @_mutation("full")
 def refused_not_removed(patch: Patch) -> None:
     """A refused write leaves the old copies, which still agree."""
-    patch(homes, "to_remove", lambda acks, places: [])
+    patch(homes, "to_remove", lambda acks, writable: [])
 
 
 @_mutation("full")
 def all_refused_removed(patch: Patch) -> None:
     """Every home that refused a write loses its copy, whatever it is by then."""
 
-    def to_remove(acks: Mapping[str, Ack], places: object) -> list[str]:
+    def to_remove(acks: Mapping[str, Ack], writable: object) -> list[str]:
         if Ack.STORED in acks.values():
             return []
-        return [name for name, ack in acks.items() if ack is Ack.REFUSED]
+        return [name for name, ack in acks.items() if ack is Ack.REJECTED]
 
     patch(homes, "to_remove", to_remove)
 
@@ -157,18 +157,20 @@ def repair_by_set(patch: Patch) -> None:
 
     def keep_times(
         self: Saver,
-        access: Access,
+        context: SessionContext,
         live: Live,
         record: Record,
         *,
         in_sql: bool,
         now_ms: int,
     ) -> None:
-        if in_sql or live.repairs or touch_due(record, access.timing, now_ms):
-            data, exptime = self._homes._sealed(access, record, now_ms)
-            request = self._homes.cluster.bury(access.session_key, data, exptime)
+        if in_sql or live.repairs or touch_due(record, context.timing, now_ms):
+            data, exptime = self._homes._sealed(context, record, now_ms)
+            request = self._homes.cluster.put_tombstone(
+                context.session_key, data, exptime
+            )
             self._homes.cluster.write(
-                [(name, request) for name in live.places], access.patience
+                [(name, request) for name in live.writable], context.patience
             )
 
     patch(Saver, "_keep_times", keep_times)
@@ -190,14 +192,14 @@ def sync_only_on_writes(patch: Patch) -> None:
 @_mutation("none")
 def floor_after_changes(patch: Patch) -> None:
     """Markers are dropped after the changes, from whatever was seen."""
-    real = Durable.update
+    real = RowRepository.update
 
     def update(
-        self: Durable, access: Access, record: Record, **rest: Any
+        self: RowRepository, context: SessionContext, record: Record, **rest: Any
     ) -> Record | None:
-        return real(self, access, drop_markers(record), **rest)
+        return real(self, context, drop_markers(record), **rest)
 
-    patch(Durable, "update", update)
+    patch(RowRepository, "update", update)
 
 
 # --- reading ---------------------------------------------------------------------
@@ -213,8 +215,8 @@ def lone_copy_trusted(patch: Patch) -> None:
         hits = [r for r in replies.values() if isinstance(r, Hit)]
         if verdict is not None or len(hits) != 1 or isinstance(hits[0].copy, Tombstone):
             return verdict
-        places = replication.places_of(replies)
-        return Live(hits[0].copy, Standing.AGREED, places)
+        writable = replication.writable_of(replies)
+        return Live(hits[0].copy, Standing.AGREED, writable)
 
     patch(loading, "judge_copies", judge_copies)
 
@@ -267,8 +269,10 @@ def visitors_never_overdue(patch: Patch) -> None:
 def refused_with_sql_up(patch: Patch) -> None:
     """A change that one home did not take is refused, though SQL would keep it."""
 
-    def write_row_now(self: Saver, access: Access, live: Live, record: Record) -> Any:
-        raise self._steps.not_kept(access, "one of its nodes does not answer")
+    def write_row_now(
+        self: Saver, context: SessionContext, live: Live, record: Record
+    ) -> Any:
+        raise self._steps.not_kept(context, "one of its nodes does not answer")
 
     patch(Saver, "_write_row_now", write_row_now)
 
@@ -279,18 +283,22 @@ def refused_with_sql_up(patch: Patch) -> None:
 @_mutation("memory")
 def no_tombstones_in_sql(patch: Patch) -> None:
     """A logout tells the homes only."""
-    patch(Durable, "bury", lambda *_, **__: None)
+    patch(RowRepository, "put_tombstone", lambda *_, **__: None)
 
 
 @_mutation("node+sql")
 def sql_skipped_at_logout(patch: Patch) -> None:
     """A logout tells the homes, then SQL, and is content with one of them."""
 
-    def end(self: Ender, access: Access, live: Live | None, also: object = ()) -> None:
+    def end(
+        self: Ender, context: SessionContext, live: Live | None, also: object = ()
+    ) -> None:
         tombstone = Tombstone("ended", self._clock.now_ms())
-        self._homes.bury(access, tombstone, self._homes.names(access))
+        self._homes.put_tombstones(context, tombstone, self._homes.names(context))
         try:
-            self._durable.bury(access, tombstone, None if live is None else live.record)
+            self._rows.put_tombstone(
+                context, tombstone, None if live is None else live.record
+            )
         except SqlUnavailable:
             pass
 
@@ -301,18 +309,18 @@ def sql_skipped_at_logout(patch: Patch) -> None:
 def no_tombstones_on_homes(patch: Patch) -> None:
     """A logout tells SQL only."""
 
-    def bury(
-        self: Homes, access: Access, tombstone: Tombstone, names: Sequence[str]
+    def put_tombstones(
+        self: Homes, context: SessionContext, tombstone: Tombstone, names: Sequence[str]
     ) -> dict[str, Ack]:
         return dict.fromkeys(names, Ack.STORED)
 
-    patch(Homes, "bury", bury)
+    patch(Homes, "put_tombstones", put_tombstones)
 
 
 @_mutation("node+sql")
 def debts_not_paid(patch: Patch) -> None:
     """A tombstone that SQL has not heard of stays where it is."""
-    patch(Loader, "_spread", lambda self, access, gone: gone)
+    patch(Loader, "_propagate", lambda self, context, gone: gone)
 
 
 @_mutation("none")
@@ -321,16 +329,16 @@ def moves_by_set(patch: Patch) -> None:
 
     def exchange(
         self: Mover,
-        old: Access,
+        old: SessionContext,
         live: Live,
         tombstone: Tombstone,
-        new: Access,
+        new: SessionContext,
         record: Record,
         now_ms: int,
     ) -> None:
-        self._homes.bury(old, tombstone, self._homes.names(old))
-        places = dict.fromkeys(self._homes.names(new))
-        self._homes.write(new, record, places, now_ms)
+        self._homes.put_tombstones(old, tombstone, self._homes.names(old))
+        writable = dict.fromkeys(self._homes.names(new))
+        self._homes.write(new, record, writable, now_ms)
 
     patch(Mover, "_exchange_homes", exchange)
 
@@ -362,7 +370,9 @@ def moved_buried_by_readers(patch: Patch) -> None:
 def reaper_asks_nobody(patch: Patch) -> None:
     """A row is judged without its homes."""
 
-    def ask(self: Reaper, access: Access, row: Any, options: Any) -> dict[str, Miss]:
+    def ask(
+        self: Reaper, context: SessionContext, row: Any, options: Any
+    ) -> dict[str, Miss]:
         return {name: Miss() for name in row.homes}
 
     patch(Reaper, "_ask", ask)
@@ -383,12 +393,12 @@ def expiry_never_a_date(patch: Patch) -> None:
 @_mutation("rotation")
 def rows_keep_their_key(patch: Patch) -> None:
     """A sync seals the row with the oldest key that is still accepted."""
-    real = Durable._row
+    real = RowRepository._row
 
-    def row(self: Durable, access: Access, record: Record) -> Any:
-        keys = access.keyring._keys
-        oldest = copy(access.keyring)
+    def row(self: RowRepository, context: SessionContext, record: Record) -> Any:
+        keys = context.keyring._keys
+        oldest = copy(context.keyring)
         oldest._header = oldest._header[:5] + list(keys)[-1]
-        return real(self, replace(access, keyring=oldest), record)
+        return real(self, replace(context, keyring=oldest), record)
 
-    patch(Durable, "_row", row)
+    patch(RowRepository, "_row", row)

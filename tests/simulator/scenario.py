@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from flask_resilient_session.access import Access
 from flask_resilient_session.codec import encode_value
+from flask_resilient_session.context import SessionContext
 from flask_resilient_session.errors import SessionUnavailable
 from flask_resilient_session.events import logger
 from flask_resilient_session.record import Hit, Record, same_state
@@ -156,7 +156,7 @@ class Run(Site):
             changes[USER] = encode_value(USER, f"user {self._values}")
         writes = history.write(line, changes, start)
         try:
-            worker.store.create(worker.access(key), changes, required=required)
+            worker.store.create(worker.context(key), changes, required=required)
         except SessionUnavailable as error:
             self._refused(worker, "create", start, error)
             return None
@@ -176,10 +176,10 @@ class Run(Site):
         """Load, and do what the request does; a session if it got a new id."""
         world, history = self.world, self.history
         start, start_ms = world.step, world.now_ms
-        access = worker.access(session.key)
+        context = worker.context(session.key)
         reader = self._reader(worker, session)
         faults = worker.faults(session.key)
-        verdict = worker.store.load(access)
+        verdict = worker.store.load(context)
         self._note(worker, session.key, faults)
         session.touched_ms = max(session.touched_ms, world.now_ms)
         if isinstance(verdict, Unknown):
@@ -195,8 +195,10 @@ class Run(Site):
             if what == "logout":
                 return self._end(worker, session, verdict)
             if what in ("regenerate", "login", "refill"):
-                return self._move(worker, session, verdict, what, access, start, faults)
-            return self._save(worker, session, verdict, what, access, start, faults)
+                return self._move(
+                    worker, session, verdict, what, context, start, faults
+                )
+            return self._save(worker, session, verdict, what, context, start, faults)
         finally:
             session.touched_ms = max(session.touched_ms, world.now_ms)
 
@@ -206,7 +208,7 @@ class Run(Site):
         session: Session,
         live: Live,
         what: str,
-        access: Access,
+        context: SessionContext,
         start: int,
         faults: Faults,
     ) -> str:
@@ -215,7 +217,7 @@ class Run(Site):
         required = what.startswith("sync")
         writes = history.write(session.line, changes, start)
         try:
-            saved = worker.store.save(access, live, changes, required=required)
+            saved = worker.store.save(context, live, changes, required=required)
         except SessionUnavailable as error:
             return self._refused(worker, what, start, error)
         if isinstance(saved, Gone):
@@ -368,7 +370,7 @@ class Run(Site):
         session.end_asked = min(session.end_asked, start)
         session.logout_asked = True
         try:
-            worker.store.end(worker.access(session.key), live)
+            worker.store.end(worker.context(session.key), live)
         except SessionUnavailable as error:
             return self._refused(worker, "end", start, error)
         self._check_end(worker, session.key, start, faults)
@@ -383,7 +385,7 @@ class Run(Site):
         session: Session,
         live: Live,
         what: str,
-        access: Access,
+        context: SessionContext,
         start: int,
         faults: Faults,
     ) -> str | Session:
@@ -403,9 +405,9 @@ class Run(Site):
         dropped = worker.observer.stats["dropped_changes"]
         try:
             moved = worker.store.move(
-                access,
+                context,
                 live,
-                worker.access(key),
+                worker.context(key),
                 changes,
                 reason="ended" if refill else "moved",
                 renew_created=what == "login",
@@ -517,11 +519,11 @@ class Run(Site):
                 raise Violation("G7", f"{session.name} is unavailable without a fault")
             self.world.deliver_all()
             shown.add(str(result))
-        access = self.workers[0].access(session.key)
+        context = self.workers[0].context(session.key)
         store = self.workers[0].store
         copies = [
             reply.copy if isinstance(reply, Hit) else None
-            for reply in store.peek(access, store.homes.names(access)).values()
+            for reply in store.read_copies(context, store.homes.names(context)).values()
         ]
         live = [copy for copy in copies if isinstance(copy, Record)]
         if session.ended < NEVER and live and not session.untold:

@@ -260,9 +260,9 @@ class Site(ABC):
         for worker in self.workers:
             # The first may only find that its connections were closed.
             for _ in range(3):
-                access = worker.access("0" * 64)
-                worker.store.peek(access, sorted(worker.names))
-            worker.store.durable.read(worker.access("0" * 64))
+                context = worker.context("0" * 64)
+                worker.store.read_copies(context, sorted(worker.names))
+            worker.store.rows.read(worker.context("0" * 64))
         self.history.sql_in_doubt = self.database.state() != "ok"
         self.world.alone = False
 

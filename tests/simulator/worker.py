@@ -6,23 +6,23 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from flask_resilient_session.access import Access
 from flask_resilient_session.cluster import Cluster
-from flask_resilient_session.durable import Durable
+from flask_resilient_session.context import SessionContext
 from flask_resilient_session.events import Observer
 from flask_resilient_session.gate import Gate
 from flask_resilient_session.health import Breaker
 from flask_resilient_session.homes import Homes
+from flask_resilient_session.keyed_queue import KeyedQueue
 from flask_resilient_session.patience import Patience
 from flask_resilient_session.record import Record, Tombstone
 from flask_resilient_session.ring import Ring, RingNode
+from flask_resilient_session.row import RowRepository
 from flask_resilient_session.store import Store
-from flask_resilient_session.turns import Turns
 
 from .fakes import SQL_TIMEOUT, FakeNode, FakeSql
 from .more import LAYOUTS
 from .rollout import SECRETS, keyring
-from .world import Landing, WorkerClock
+from .world import Signal, WorkerClock
 
 if TYPE_CHECKING:
     from .site import Site
@@ -107,7 +107,7 @@ class Worker:
         self.keyring = keyring(self.secrets)
         self.clock = clock
         self.sql = FakeSql(site.database, index)
-        durable = Durable(
+        durable = RowRepository(
             self.sql,
             breaker=new_breaker(),
             gate=Gate(100, clock),
@@ -119,20 +119,20 @@ class Worker:
         )
         self.store = Store(
             homes=Homes(self.ring, cluster),
-            durable=durable,
+            rows=durable,
             max_bytes=100_000,
             clock=clock,
             random=world.rng,
             observer=observer,
-            turns=Turns(partial(Landing, world)),
+            queue=KeyedQueue(partial(Signal, world)),
         )
         self.timing = site.plan.timing_of(index)
         self._database = site.database
 
-    def access(self, session_key: str) -> Access:
+    def context(self, session_key: str) -> SessionContext:
         """The terms of one request."""
         patience = Patience(self.clock, _PATIENCE)
-        return Access(session_key, self.keyring, self.timing, patience)
+        return SessionContext(session_key, self.keyring, self.timing, patience)
 
     def homes_of(self, session_key: str) -> tuple[str, ...]:
         """The session's homes, as it is configured."""
@@ -163,7 +163,7 @@ class Worker:
     def doubts_sql(self, since: int = 1 << 60) -> bool:
         """Whether it skips SQL, or a call of its failed since this step."""
         failed = self._database.failed.get(self.index, -1)
-        return self.store.durable._breaker.suspect or failed >= since
+        return self.store.rows._breaker.suspect or failed >= since
 
     def reaches_none(self, session_key: str, faults: Faults) -> bool:
         """Whether it could tell none of the session's homes anything."""

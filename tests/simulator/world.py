@@ -232,7 +232,7 @@ class World:
             self.trace.append(f"{self.step:5d} {text.format(*parts)}")
 
 
-class Landing:
+class Signal:
     """A ``threading.Event`` between tasks."""
 
     def __init__(self, world: World) -> None:

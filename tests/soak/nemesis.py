@@ -80,8 +80,8 @@ class Nemesis:
         rest = [kind for kind in self._kinds if kind not in self._of_sql]
         self._sql = self._in_turn(self._of_sql)
         self._rest = self._in_turn(rest)
-        turns = [self._strike_sql, self._strike_both, self._strike_rest]
-        self._strikes = itertools.cycle(turns)
+        queue = [self._strike_sql, self._strike_both, self._strike_rest]
+        self._strikes = itertools.cycle(queue)
 
     @property
     def met_all_of_sql(self) -> bool:

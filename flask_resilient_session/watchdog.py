@@ -77,7 +77,7 @@ class TimeLimit:
     """
 
     __slots__ = (
-        *("_left", "_lines", "_spared", "_timekeeper", "_watch"),
+        *("_left", "_lines", "_spared", "_watchdog", "_watch"),
         *("deadline", "hung_up"),
     )
 
@@ -88,7 +88,7 @@ class TimeLimit:
         self.deadline = _monotonic() + seconds
         self.hung_up = False
         self._lines: list[int] = []
-        self._timekeeper: _Timekeeper | None = None
+        self._watchdog: _Watchdog | None = None
 
     @property
     def remaining(self) -> float:
@@ -100,12 +100,12 @@ class TimeLimit:
 
     def watch(self, fileno: int) -> None:
         """Hang up on this connection if it is used when the time is up."""
-        if self._timekeeper is None:
-            self._timekeeper = _timekeeper()
+        if self._watchdog is None:
+            self._watchdog = _watchdog()
         line = os.dup(fileno)
-        with self._timekeeper.mutex:
+        with self._watchdog.mutex:
             self._lines.append(line)
-            self._timekeeper.watch(self)
+            self._watchdog.watch(self)
 
     def asks(self) -> None:
         """The server is asked something from now on.
@@ -122,14 +122,14 @@ class TimeLimit:
         self._count(self.remaining, None, _NEVER)
 
     def _count(self, left: float, watch: Stopwatch | None, deadline: float) -> None:
-        if self._timekeeper is None:
+        if self._watchdog is None:
             self._left, self._watch, self.deadline = left, watch, deadline
             return
-        with self._timekeeper.mutex:
+        with self._watchdog.mutex:
             self._left, self._watch, self.deadline = left, watch, deadline
             self._spared = 0
             if watch is not None and not self.hung_up:
-                self._timekeeper.watch(self)
+                self._watchdog.watch(self)
 
     def is_spared(self, now: float) -> bool:
         """Whether it is this process that is slow; for the timekeeper, as below.
@@ -163,10 +163,10 @@ class TimeLimit:
 
     def over(self) -> None:
         """The call has ended, in time or not."""
-        if self._timekeeper is None:
+        if self._watchdog is None:
             return
-        with self._timekeeper.mutex:
-            self._timekeeper.limits.discard(self)
+        with self._watchdog.mutex:
+            self._watchdog.limits.discard(self)
             for line in self._lines:
                 os.close(line)
             self._lines.clear()
@@ -209,7 +209,7 @@ def connect_within(
     :param blocks: the driver waits in C, so that no greenlet could run meanwhile.
     :raises TooLate: it was given up, or not even tried.
     """
-    timekeeper = _timekeeper()
+    timekeeper = _watchdog()
     threads = original("_thread") if blocks else importlib.import_module("_thread")
     attempt = _Attempt(connect, close, whom, timekeeper, threads.allocate_lock())
     with timekeeper.mutex:
@@ -229,13 +229,13 @@ class _Attempt:
         connect: Callable[[], Any],
         close: Callable[[Any], None],
         whom: Hashable,
-        timekeeper: _Timekeeper,
+        timekeeper: _Watchdog,
         done: Any,
     ) -> None:
         self._connect = connect
         self._close = close
         self._whom = whom
-        self._timekeeper = timekeeper
+        self._watchdog = timekeeper
         self._done = done
         self._done.acquire()
         self._finished = self._given_up = False
@@ -248,10 +248,10 @@ class _Attempt:
             self._connection = self._connect()
         except BaseException as error:  # noqa: BLE001 - raised where it is waited for
             self._error = error
-        with self._timekeeper.mutex:
+        with self._watchdog.mutex:
             self._finished = True
             if self._given_up:
-                self._timekeeper.no_longer_waits(self._whom)
+                self._watchdog.no_longer_waits(self._whom)
         if self._given_up and self._connection is not None:
             with contextlib.suppress(Exception):
                 self._close(self._connection)
@@ -262,10 +262,10 @@ class _Attempt:
         try:
             wait_for(self._done.acquire, seconds, _clock, rounds=2)
         finally:
-            with self._timekeeper.mutex:
+            with self._watchdog.mutex:
                 self._given_up = not self._finished
                 if self._given_up:
-                    self._timekeeper.given_up[self._whom] += 1
+                    self._watchdog.given_up[self._whom] += 1
         if self._given_up:
             raise TooLate("no connection was made in time")
         if self._error is not None:
@@ -276,7 +276,7 @@ class _Attempt:
         return self._connection
 
 
-class _Timekeeper:
+class _Watchdog:
     """The thread that hangs up; one per process.
 
     :ivar mutex: held for a few instructions at a time.
@@ -335,14 +335,14 @@ class _Timekeeper:
 
 #: Process id -> its timekeeper: a child has none of its parent's threads, and a lock
 #: that one of them held would never be released.
-_timekeepers: dict[int, _Timekeeper] = {}
+_watchdogs: dict[int, _Watchdog] = {}
 
 
-def _timekeeper() -> _Timekeeper:
+def _watchdog() -> _Watchdog:
     process = os.getpid()
-    found = _timekeepers.get(process)
+    found = _watchdogs.get(process)
     # Of two threads that come first, both get the one that is set.
-    return found or _timekeepers.setdefault(process, _Timekeeper())
+    return found or _watchdogs.setdefault(process, _Watchdog())
 
 
 class _Originals:

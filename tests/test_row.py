@@ -34,8 +34,7 @@ from builders import (
     tombstone_row,
     usual_breaker,
 )
-from flask_resilient_session.access import Access
-from flask_resilient_session.durable import Durable, user_id_column
+from flask_resilient_session.context import SessionContext
 from flask_resilient_session.envelope import Keyring
 from flask_resilient_session.errors import SqlUnavailable
 from flask_resilient_session.events import Observer
@@ -48,6 +47,7 @@ from flask_resilient_session.replication import (
     RowMissing,
     SqlSilent,
 )
+from flask_resilient_session.row import RowRepository, user_id_column
 from flask_resilient_session.times import (
     row_expires_ms,
     tombstone_expires_ms,
@@ -57,9 +57,9 @@ from servers import wait_until
 KEY, OTHER = session_key("alice"), session_key("bob")
 
 
-def access(key: str = KEY, seconds: float = 30.0) -> Access:
+def context(key: str = KEY, seconds: float = 30.0) -> SessionContext:
     """A session, and some time for it."""
-    return Access(key, KEYRING, timing(), patient(seconds))
+    return SessionContext(key, KEYRING, timing(), patient(seconds))
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def sql(tmp_path: Path) -> Iterator[SwitchedSql]:
     table.dispose()
 
 
-def durable_on(sql: Any, **changes: Any) -> Durable:
+def durable_on(sql: Any, **changes: Any) -> RowRepository:
     """The durable copy on this SQL."""
     usual: dict[str, Any] = {
         "breaker": patient_breaker(),
@@ -81,7 +81,7 @@ def durable_on(sql: Any, **changes: Any) -> Durable:
         "random": random.Random(1),
         "observer": Observer(None),
     }
-    return Durable(sql, **(usual | changes))
+    return RowRepository(sql, **(usual | changes))
 
 
 def stored(sql: SwitchedSql, key: str = KEY) -> Any:
@@ -99,14 +99,14 @@ def put(sql: SwitchedSql, data: bytes | None, **fields: Any) -> None:
 
 def test_a_missing_row(sql: SwitchedSql) -> None:
     """SQL answered, and there is none."""
-    assert durable_on(sql).read(access()) == RowMissing()
+    assert durable_on(sql).read(context()) == RowMissing()
 
 
 def test_a_live_row_carries_its_version(sql: SwitchedSql) -> None:
     """The column decides, whatever the record inside says."""
     sealed = KEYRING.seal(KEY, record(row_version=1, never_synced=True))
     put(sql, sealed, version=7)
-    assert durable_on(sql).read(access()) == RowLive(record(row_version=7))
+    assert durable_on(sql).read(context()) == RowLive(record(row_version=7))
 
 
 @pytest.mark.parametrize("reason", ["ended", "moved"])
@@ -114,7 +114,7 @@ def test_a_dead_row(sql: SwitchedSql, reason: str) -> None:
     """Its reason and time, from the columns alone."""
     tombstone = tombstone_row(KEY, reason=reason, revoked_at=NOW - 5)
     sql.table.insert(tombstone, time.monotonic() + 30)
-    assert durable_on(sql).read(access()) == RowDead(Tombstone(reason, NOW - 5))  # type: ignore[arg-type]
+    assert durable_on(sql).read(context()) == RowDead(Tombstone(reason, NOW - 5))  # type: ignore[arg-type]
 
 
 def test_a_corrupt_row_is_counted_and_logged(
@@ -123,7 +123,7 @@ def test_a_corrupt_row_is_counted_and_logged(
     """Another session's record is none; the log names the session by its start."""
     put(sql, KEYRING.seal(OTHER, record()), version=3)
     observer = Observer(None)
-    assert durable_on(sql, observer=observer).read(access()) == RowCorrupt(3)
+    assert durable_on(sql, observer=observer).read(context()) == RowCorrupt(3)
     assert observer.stats["corrupt_rows"] == 1
     assert KEY[:12] in caplog.text
     assert KEY not in caplog.text
@@ -132,13 +132,13 @@ def test_a_corrupt_row_is_counted_and_logged(
 def test_a_row_under_an_unknown_key_says_nothing(sql: SwitchedSql) -> None:
     """A worker that is ahead in a rotation wrote it: not missing, not corrupt."""
     put(sql, Keyring(["next"], NAMESPACE).seal(KEY, record()))
-    assert isinstance(durable_on(sql).read(access()), SqlSilent)
+    assert isinstance(durable_on(sql).read(context()), SqlSilent)
 
 
 def test_silence_is_an_answer(sql: SwitchedSql) -> None:
     """SQL that is down makes no exception out of a read."""
     sql.down = True
-    assert isinstance(durable_on(sql).read(access()), SqlSilent)
+    assert isinstance(durable_on(sql).read(context()), SqlSilent)
 
 
 # --- writing ---------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_what_is_inserted(sql: SwitchedSql) -> None:
     durable = durable_on(sql)
     before = TestClock().now_ms()
     visitor = record(never_synced=True, unverified=True, writes=4, row_version=0)
-    inserted = durable.insert(access(), visitor)
+    inserted = durable.insert(context(), visitor)
     assert inserted is not None
     assert inserted.synced_ms >= before
     expected = replace(
@@ -161,30 +161,30 @@ def test_what_is_inserted(sql: SwitchedSql) -> None:
         synced_ms=inserted.synced_ms,
     )
     assert inserted == expected
-    assert durable.read(access()) == RowLive(inserted)
+    assert durable.read(context()) == RowLive(inserted)
     found = stored(sql)
     assert (found.version, found.homes, found.created_at) == (1, PAIR, NOW)
     assert found.expires_at == row_expires_ms(inserted, timing())
-    assert durable.insert(access(), visitor) is None
+    assert durable.insert(context(), visitor) is None
 
 
 def test_an_update_needs_the_version_that_the_record_knows(sql: SwitchedSql) -> None:
     """It raises the version; who knows an older one gets nothing."""
     durable = durable_on(sql)
-    first = durable.insert(access(), record())
+    first = durable.insert(context(), record())
     assert first is not None
-    second = durable.update(access(), first)
+    second = durable.update(context(), first)
     assert second is not None
     assert second.row_version == 2
-    assert durable.update(access(), first) is None
-    assert durable.read(access()) == RowLive(second)
+    assert durable.update(context(), first) is None
+    assert durable.read(context()) == RowLive(second)
 
 
 @pytest.mark.parametrize(("ahead_ms", "kept"), [(1000, True), (HOUR, False)])
 def test_a_sync_in_the_future(sql: SwitchedSql, ahead_ms: int, kept: bool) -> None:
     """A little ahead it stays; of a clock that is wrong it is not believed."""
     ahead = record(synced_ms=TestClock().now_ms() + ahead_ms)
-    inserted = durable_on(sql).insert(access(), ahead)
+    inserted = durable_on(sql).insert(context(), ahead)
     assert inserted is not None
     assert (inserted.synced_ms == ahead.synced_ms) is kept
 
@@ -193,29 +193,29 @@ def test_a_sync_in_the_future(sql: SwitchedSql, ahead_ms: int, kept: bool) -> No
 def test_burying(sql: SwitchedSql, known: bool) -> None:
     """Dead, without data or user, for as long as any copy could live."""
     durable = durable_on(sql)
-    inserted = durable.insert(access(), record(encoded_user("bob")))
+    inserted = durable.insert(context(), record(encoded_user("bob")))
     tombstone = Tombstone("ended", NOW + HOUR)
-    durable.bury(access(), tombstone, inserted if known else None)
-    assert durable.read(access()) == RowDead(tombstone)
+    durable.put_tombstone(context(), tombstone, inserted if known else None)
+    assert durable.read(context()) == RowDead(tombstone)
     found = stored(sql)
     assert (found.record, found.user_id) == (None, None)
     assert found.expires_at == tombstone_expires_ms(tombstone, timing())
-    assert durable.update(access(), inserted or record()) is None
+    assert durable.update(context(), inserted or record()) is None
 
 
 def test_moving_is_both_or_neither(sql: SwitchedSql) -> None:
     """The old id dead and the new one live; another version changes nothing."""
     durable = durable_on(sql)
-    old = durable.insert(access(), record())
+    old = durable.insert(context(), record())
     assert old is not None
     tombstone = Tombstone("moved", NOW)
-    new = access(OTHER)
+    new = context(OTHER)
     stale = replace(old, row_version=8)
-    assert durable.move(access(), stale, tombstone, new, record()) is None
-    assert durable.read(access()) == RowLive(old)
+    assert durable.move(context(), stale, tombstone, new, record()) is None
+    assert durable.read(context()) == RowLive(old)
     assert durable.read(new) == RowMissing()
-    moved = durable.move(access(), old, tombstone, new, record())
-    assert durable.read(access()) == RowDead(tombstone)
+    moved = durable.move(context(), old, tombstone, new, record())
+    assert durable.read(context()) == RowDead(tombstone)
     assert moved is not None
     assert durable.read(new) == RowLive(moved)
 
@@ -225,10 +225,10 @@ def test_writes_that_fail_say_so(sql: SwitchedSql) -> None:
     sql.down = True
     durable, tombstone = durable_on(sql), Tombstone("ended", NOW)
     for call in (
-        lambda: durable.insert(access(), record()),
-        lambda: durable.update(access(), record()),
-        lambda: durable.bury(access(), tombstone, None),
-        lambda: durable.move(access(), record(), tombstone, access(OTHER), record()),
+        lambda: durable.insert(context(), record()),
+        lambda: durable.update(context(), record()),
+        lambda: durable.put_tombstone(context(), tombstone, None),
+        lambda: durable.move(context(), record(), tombstone, context(OTHER), record()),
     ):
         with pytest.raises(SqlUnavailable):
             call()
@@ -255,7 +255,7 @@ def encoded_user(user: object) -> dict[str, Entry]:
 )
 def test_the_users_column(sql: SwitchedSql, user: object, column: str) -> None:
     """The user as text, a long one as its digest."""
-    durable_on(sql).insert(access(), record(encoded_user(user)))
+    durable_on(sql).insert(context(), record(encoded_user(user)))
     assert stored(sql).user_id == column
     assert user_id_column(user) == column
 
@@ -263,7 +263,7 @@ def test_the_users_column(sql: SwitchedSql, user: object, column: str) -> None:
 @pytest.mark.parametrize("entries", [{}, {"_user_id": Entry(NOW, 1, None)}])
 def test_no_user(sql: SwitchedSql, entries: dict[str, Entry]) -> None:
     """A visitor, and somebody whose user was removed."""
-    durable_on(sql).insert(access(), record(entries))
+    durable_on(sql).insert(context(), record(entries))
     assert stored(sql).user_id is None
     assert user_id_column(None) is None
 
@@ -281,10 +281,10 @@ def test_sql_is_skipped_after_three_failures_and_used_again(
     sql.down = True
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            assert durable.read(access()) == SqlSilent("switched off by the test")
+            assert durable.read(context()) == SqlSilent("switched off by the test")
         assert breaker.suspect
         sql.down = False
-        wait_until(lambda: durable.read(access()) == RowMissing())
+        wait_until(lambda: durable.read(context()) == RowMissing())
     assert observer.stats["sql_faults"] == 3
     assert [line.levelname for line in caplog.records] == ["WARNING", "INFO"]
     assert not breaker.suspect
@@ -296,13 +296,13 @@ def test_a_skipped_sql_is_not_asked(sql: SwitchedSql) -> None:
     durable = durable_on(sql, breaker=breaker)
     sql.down = True
     for _ in range(3):
-        durable.read(access())
+        durable.read(context())
     sql.down = False
-    assert durable.read(access()) == SqlSilent(
+    assert durable.read(context()) == SqlSilent(
         "SQL is skipped for a while after failures"
     )
     with pytest.raises(SqlUnavailable, match="skipped"):
-        durable.insert(access(), record())
+        durable.insert(context(), record())
     assert stored(sql) is None
 
 
@@ -311,10 +311,10 @@ def test_patience_that_is_used_up_is_not_sqls_fault(sql: SwitchedSql) -> None:
     breaker, observer = usual_breaker(), Observer(None)
     durable = durable_on(sql, breaker=breaker, observer=observer)
     for _ in range(5):
-        assert isinstance(durable.read(access(seconds=-1)), SqlSilent)
+        assert isinstance(durable.read(context(seconds=-1)), SqlSilent)
     assert not breaker.suspect
     assert observer.stats["sql_faults"] == 0
-    assert durable.read(access()) == RowMissing()
+    assert durable.read(context()) == RowMissing()
 
 
 def test_sql_that_was_left_no_time_is_busy(sql: SwitchedSql) -> None:
@@ -328,12 +328,12 @@ def test_sql_that_was_left_no_time_is_busy(sql: SwitchedSql) -> None:
     breaker = usual_breaker()
     durable = durable_on(Hung(), breaker=breaker, sql_timeout=0.1)
     for _ in range(3):
-        answer = durable.read(access(seconds=0.05))
+        answer = durable.read(context(seconds=0.05))
         assert isinstance(answer, SqlSilent)
         assert answer.well
     assert not breaker.suspect
     for _ in range(3):
-        answer = durable.read(access())
+        answer = durable.read(context())
         assert isinstance(answer, SqlSilent)
         assert not answer.well
     assert breaker.suspect
@@ -349,13 +349,13 @@ def test_reads_at_once_are_bounded(sql: SwitchedSql) -> None:
             leave.wait(20)
 
     durable = durable_on(Slow(), gate=some_gate(1))
-    holder = threading.Thread(target=durable.read, args=(access(),))
+    holder = threading.Thread(target=durable.read, args=(context(),))
     holder.start()
     assert entered.wait(20)
     for late in (0.1, -1.0):
-        answer = durable.read(access(OTHER, late))
+        answer = durable.read(context(OTHER, late))
         assert isinstance(answer, SqlSilent)
         assert answer.well
     leave.set()
     holder.join(20)
-    assert durable.read(access()) == RowMissing()
+    assert durable.read(context()) == RowMissing()

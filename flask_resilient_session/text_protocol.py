@@ -25,7 +25,7 @@ class Ack(enum.Enum):
     #: Somebody else wrote in between; nothing was changed.
     CONFLICT = "conflict"
     #: The node answered that it cannot; the old value may still be readable.
-    REFUSED = "refused"
+    REJECTED = "refused"
     #: No answer: the write may be applied, now or later, or never.
     UNREACHABLE = "unreachable"
 
@@ -131,7 +131,7 @@ class _Write:
             return None
         ack = self.answers.get(line)
         if ack is None and line.startswith(b"SERVER_ERROR"):
-            ack = Ack.REFUSED
+            ack = Ack.REJECTED
         if ack is None:
             raise ProtocolError("the reply is not an answer to a write")
         return ack, len(line) + 2
@@ -191,7 +191,7 @@ class Set(_Write):
     repeatable = True
     answers: ClassVar[Mapping[bytes, Ack]] = {
         b"STORED": Ack.STORED,
-        b"NOT_STORED": Ack.REFUSED,
+        b"NOT_STORED": Ack.REJECTED,
     }
 
     def encode(self) -> bytes:

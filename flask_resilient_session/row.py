@@ -14,9 +14,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol, TypeVar
 
-from .access import Access
 from .clock import Clock
 from .codec import decode_value
+from .context import SessionContext
 from .envelope import CorruptBytes, Keyring, UnknownFormat
 from .errors import SqlBusy, SqlUnavailable
 from .events import Observer, logger, short
@@ -32,7 +32,7 @@ from .replication import (
     RowMissing,
     SqlSilent,
 )
-from .rows import USER_ID_LENGTH, Row
+from .table import USER_ID_LENGTH, Row
 from .times import (
     row_expires_ms,
     synced_at,
@@ -66,7 +66,7 @@ class SqlLike(Protocol):
     def update(self, row: Row, seen_version: int, deadline: float) -> bool:
         """Replace a live row of this version."""
 
-    def bury(self, tombstone: Row, deadline: float, *, has_row: bool) -> bool:
+    def put_tombstone(self, tombstone: Row, deadline: float, *, has_row: bool) -> bool:
         """Put a tombstone."""
 
     def move(
@@ -75,7 +75,7 @@ class SqlLike(Protocol):
         """Bury one row and insert another."""
 
 
-class Durable:
+class RowRepository:
     """Reads and writes the rows of sessions.
 
     :param gate: how many ask SQL at once, and who is next.
@@ -104,17 +104,17 @@ class Durable:
         self._random = random
         self._observer = observer
 
-    def read(self, access: Access) -> RowAnswer:
+    def read(self, context: SessionContext) -> RowAnswer:
         """What SQL says about a session; silence is an answer, not an error."""
         try:
             row = self._ask(
-                lambda until: self._sql.read(access.session_key, until),
-                access.patience,
+                lambda until: self._sql.read(context.session_key, until),
+                context.patience,
                 writes=False,
             )
         except SqlUnavailable as error:
             return silence(error)
-        return RowMissing() if row is None else self.open_row(row, access.keyring)
+        return RowMissing() if row is None else self.open_row(row, context.keyring)
 
     def open_row(self, row: Row, keyring: Keyring) -> RowAnswer:
         """A row as an answer: verified, its record carrying the row's version."""
@@ -136,7 +136,7 @@ class Durable:
         return RowLive(replace(copy, row_version=row.version, never_synced=False))
 
     def insert(
-        self, access: Access, record: Record, *, can_wait: bool = False
+        self, context: SessionContext, record: Record, *, can_wait: bool = False
     ) -> Record | None:
         """Insert the row of a session.
 
@@ -146,16 +146,16 @@ class Durable:
         :raises SqlUnavailable: SQL did not answer.
         """
         synced = self._synced(record, _FIRST_VERSION)
-        row = self._row(access, synced)
+        row = self._row(context, synced)
         inserted = self._ask(
             lambda until: self._sql.insert(row, until),
-            access.patience,
+            context.patience,
             can_wait=can_wait,
         )
         return self._counted(synced) if inserted else None
 
     def update(
-        self, access: Access, record: Record, *, can_wait: bool = False
+        self, context: SessionContext, record: Record, *, can_wait: bool = False
     ) -> Record | None:
         """Write a record over the row of the version that it knows.
 
@@ -166,41 +166,45 @@ class Durable:
         """
         seen = record.row_version
         synced = self._synced(record, seen + 1)
-        row = self._row(access, synced)
+        row = self._row(context, synced)
         updated = self._ask(
             lambda until: self._sql.update(row, seen, until),
-            access.patience,
+            context.patience,
             can_wait=can_wait,
         )
         return self._counted(synced) if updated else None
 
-    def bury(self, access: Access, tombstone: Tombstone, record: Record | None) -> None:
+    def put_tombstone(
+        self, context: SessionContext, tombstone: Tombstone, record: Record | None
+    ) -> None:
         """End a session in SQL; one that is dead already stays as it is.
 
         :param record: what is known of it.
         :raises SqlUnavailable: SQL did not answer.
         """
-        row = self._tombstone_row(access, tombstone, record)
+        row = self._tombstone_row(context, tombstone, record)
         has_row = record is None or not record.never_synced
         self._ask(
-            lambda until: self._sql.bury(row, until, has_row=has_row),
-            access.patience,
+            lambda until: self._sql.put_tombstone(row, until, has_row=has_row),
+            context.patience,
         )
 
-    def owe(self, access: Access, tombstone: Tombstone, record: Record | None) -> None:
+    def owe(
+        self, context: SessionContext, tombstone: Tombstone, record: Record | None
+    ) -> None:
         """Remember an end that only the homes know, until SQL answers again.
 
         A reader would pay the debt, but who has logged out may never come back, and
         both homes forget when they are restarted, one after the other.
         """
-        self._debts.append(self._tombstone_row(access, tombstone, record))
+        self._debts.append(self._tombstone_row(context, tombstone, record))
 
     def move(
         self,
-        old: Access,
+        old: SessionContext,
         old_record: Record,
         tombstone: Tombstone,
-        new: Access,
+        new: SessionContext,
         new_record: Record,
     ) -> Record | None:
         """End one session and insert another, both or neither.
@@ -240,30 +244,30 @@ class Durable:
             unverified=False,
         )
 
-    def _row(self, access: Access, record: Record) -> Row:
+    def _row(self, context: SessionContext, record: Record) -> Row:
         return Row(
-            session_key=access.session_key,
+            session_key=context.session_key,
             version=record.row_version,
-            record=access.keyring.seal(access.session_key, record),
+            record=context.keyring.seal(context.session_key, record),
             user_id=self._user_id(record),
             homes=record.homes,
             created_at=record.created_ms,
             synced_at=record.synced_ms,
-            expires_at=row_expires_ms(record, access.timing),
+            expires_at=row_expires_ms(record, context.timing),
         )
 
     def _tombstone_row(
-        self, access: Access, tombstone: Tombstone, record: Record | None
+        self, context: SessionContext, tombstone: Tombstone, record: Record | None
     ) -> Row:
         return Row(
-            session_key=access.session_key,
+            session_key=context.session_key,
             version=_FIRST_VERSION if record is None else record.row_version + 1,
             record=None,
             user_id=None,
             homes=() if record is None else record.homes,
             created_at=tombstone.ended_ms if record is None else record.created_ms,
             synced_at=tombstone.ended_ms,
-            expires_at=tombstone_expires_ms(tombstone, access.timing),
+            expires_at=tombstone_expires_ms(tombstone, context.timing),
             revoked_at=tombstone.ended_ms,
             reason=tombstone.reason,
         )
@@ -292,10 +296,10 @@ class Durable:
         if wait <= 0:
             # Not SQL's fault, so that its breaker does not hear of it.
             raise SqlBusy("this request has waited for too long to ask SQL as well")
-        place = self._gate.place(0 if can_wait else wait, writes=writes)
+        slot = self._gate.slot(0 if can_wait else wait, writes=writes)
         with contextlib.ExitStack() as stack:
             with patience.waiting(self._sql_timeout):
-                stack.enter_context(place)
+                stack.enter_context(slot)
             return self._guarded(call, patience)
 
     def _guarded(self, call: Callable[[float], _Result], patience: Patience) -> _Result:
@@ -341,7 +345,7 @@ class Durable:
         try:
             with patience.waiting(self._sql_timeout):
                 until = self._clock.monotonic() + patience.left
-                self._sql.bury(row, until, has_row=True)
+                self._sql.put_tombstone(row, until, has_row=True)
         except SqlUnavailable:
             self._debts.append(row)
 

@@ -10,7 +10,7 @@ from .patience import Patience
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class SessionContext:
     """One session, and the terms on which this request may reach it.
 
     :ivar session_key: hex digest of the session id.

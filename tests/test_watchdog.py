@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from flask_resilient_session import deadline
-from flask_resilient_session.deadline import (
+from flask_resilient_session import watchdog
+from flask_resilient_session.watchdog import (
     MOST_GIVEN_UP,
     NoTimeLeft,
     TooLate,
@@ -46,7 +46,7 @@ def open_descriptors() -> int:
 
 def given_up() -> int:
     """How many attempts to connect are waiting although they were given up."""
-    return deadline._timekeeper().given_up.total()
+    return watchdog._watchdog().given_up.total()
 
 
 def test_whoever_waits_too_long_finds_an_end_of_file(pair: Pair) -> None:
@@ -123,7 +123,7 @@ def test_a_busy_process_is_given_time_once(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may not have come to reading; who hangs then is hung up on all the same."""
-    monkeypatch.setattr(deadline._clock, "process_time", time.monotonic)
+    monkeypatch.setattr(watchdog._clock, "process_time", time.monotonic)
     started = time.monotonic()
     with time_limit(0.1) as limit:
         limit.watch(pair[0].fileno())
@@ -280,7 +280,7 @@ def test_few_attempts_stay_behind() -> None:
     assert len(threads) == MOST_GIVEN_UP
     assert connect(LONG, lambda: 1, whom="b") == 1
     # One that has come back is found, however long those still hang.
-    timekeeper = deadline._timekeeper()
+    timekeeper = watchdog._watchdog()
     timekeeper.try_again_at = time.monotonic()
     assert connect(LONG, lambda: 1) == 1
     go.set()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import builders
-from flask_resilient_session.wire import (
+from flask_resilient_session.text_protocol import (
     Absent,
     Ack,
     Add,
@@ -102,11 +102,11 @@ ANSWERS = [
     (CAS, b"EXISTS", Ack.CONFLICT),
     (CAS, b"NOT_FOUND", Ack.CONFLICT),
     (SET, b"STORED", Ack.STORED),
-    (SET, b"NOT_STORED", Ack.REFUSED),
+    (SET, b"NOT_STORED", Ack.REJECTED),
     (DELETE, b"DELETED", Ack.STORED),
     (DELETE, b"NOT_FOUND", Ack.STORED),
-    *((r, b"SERVER_ERROR out of memory storing object", Ack.REFUSED) for r in WRITES),
-    *((r, b"SERVER_ERROR object too large for cache", Ack.REFUSED) for r in WRITES),
+    *((r, b"SERVER_ERROR out of memory storing object", Ack.REJECTED) for r in WRITES),
+    *((r, b"SERVER_ERROR object too large for cache", Ack.REJECTED) for r in WRITES),
 ]
 
 

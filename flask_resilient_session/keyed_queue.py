@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 
-class Landing(Protocol):
+class Signal(Protocol):
     """What :class:`threading.Event` has, as far as it is used here."""
 
     def set(self) -> object:
@@ -23,16 +23,16 @@ class Landing(Protocol):
         """Wait until it is set, for so many seconds at most."""
 
 
-class Turns:
+class KeyedQueue:
     """Queues, one for each key that somebody waits for.
 
-    :param new_landing: makes what callers wait for.
+    :param new_signal: makes what callers wait for.
     """
 
-    def __init__(self, new_landing: Callable[[], Landing] = threading.Event) -> None:
-        self._new_landing = new_landing
+    def __init__(self, new_signal: Callable[[], Signal] = threading.Event) -> None:
+        self._new_signal = new_signal
         self._lock = threading.Lock()
-        self._last: dict[str, Landing] = {}
+        self._last: dict[str, Signal] = {}
 
     @contextlib.contextmanager
     def take(self, key: str, wait: float) -> Iterator[None]:
@@ -40,7 +40,7 @@ class Turns:
 
         :param wait: seconds to wait at most; then the turn is taken all the same.
         """
-        mine = self._new_landing()
+        mine = self._new_signal()
         with self._lock:
             previous = self._last.get(key)
             self._last[key] = mine
