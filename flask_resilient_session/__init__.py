@@ -8,14 +8,14 @@
 
 from __future__ import annotations
 
-from .errors import (
+from .common.errors import (
     ConfigurationError,
     ResilientSessionError,
     SessionTooLarge,
     SessionUnavailable,
     SetupError,
 )
-from .events import (
+from .common.events import (
     COUNTERS,
     node_down,
     node_up,
@@ -27,11 +27,11 @@ from .events import (
     session_revoked,
 )
 from .extension import ResilientSession
-from .inspection import NodeCopy, SessionInspection, SessionRow
-from .interface import ResilientSessionInterface
-from .reaper import ReapOptions, ReapReport
-from .revocation import SessionInfo
-from .session import Session
+from .maintenance.reaper import ReapOptions, ReapReport
+from .maintenance.revocation import SessionInfo
+from .web.inspect import NodeCopy, SessionInspection, SessionRow
+from .web.interface import ResilientSessionInterface
+from .web.session import Session
 
 __all__ = [
     "COUNTERS",

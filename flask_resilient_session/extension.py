@@ -18,28 +18,28 @@ from flask import Flask, Response, appcontext_pushed, current_app
 from flask.sessions import SessionMixin
 from flask_sqlalchemy import SQLAlchemy
 
-from .calls import SqlCalls
-from .cli import reap_command, revoke_command
-from .clock import SystemClock
-from .cluster import Cluster
-from .config import Settings, load_settings
-from .engines import app_engine, default_engine, table_for
-from .errors import ConfigurationError, SessionUnavailable, SetupError
-from .events import Observer, Stats, logger, short
-from .gate import Gate
-from .health import Breaker
-from .homes import Homes
-from .inspection import SessionInspection, inspect_session
-from .interface import ResilientSessionInterface
-from .keys import Keys, session_key_of
-from .node import Node
-from .reaper import STATEMENT_SECONDS, Reaper, ReapOptions, ReapReport
-from .revocation import STEP_SECONDS, Revoker, SessionInfo
-from .ring import Ring, RingNode
-from .row import RowRepository
-from .session import Session
-from .sql import SqlTable
-from .store import Store
+from .common.breaker import Breaker
+from .common.clock import SystemClock
+from .common.errors import ConfigurationError, SessionUnavailable, SetupError
+from .common.events import Observer, Stats, logger, short
+from .core.ring import Ring, RingNode
+from .maintenance.cli import reap_command, revoke_command
+from .maintenance.reaper import STATEMENT_SECONDS, Reaper, ReapOptions, ReapReport
+from .maintenance.revocation import STEP_SECONDS, Revoker, SessionInfo
+from .memcached.cluster import Cluster
+from .memcached.node import Node
+from .settings import Settings, load_settings
+from .sql.calls import SqlCalls
+from .sql.database import app_engine, default_engine, table_for
+from .sql.gate import Gate
+from .sql.statements import SqlTable
+from .store.replicas import Homes
+from .store.row import RowRepository
+from .store.store import Store
+from .web.inspect import SessionInspection, inspect_session
+from .web.interface import ResilientSessionInterface
+from .web.keys import Keys, session_key_of
+from .web.session import Session
 
 _NAME: Final = "resilient_session"
 

@@ -5,26 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 from builders import DAY, FIRST_HOME, HOUR, NOW, PAIR, SECOND_HOME, record, timing
-from flask_resilient_session.record import (
+from flask_resilient_session.core.answers import (
     Corrupt,
-    Entry,
     Hit,
     Miss,
-    Record,
     Reply,
-    Token,
-    Tombstone,
-    Unreachable,
-    join_records,
-)
-from flask_resilient_session.replication import (
     RowAnswer,
     RowCorrupt,
     RowDead,
     RowLive,
     RowMissing,
     SqlSilent,
+    Token,
+    Unreachable,
 )
+from flask_resilient_session.core.record import Entry, Record, Tombstone, join_records
 
 TIMING = timing()
 DEAD = Tombstone("ended", NOW - HOUR)

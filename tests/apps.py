@@ -18,10 +18,10 @@ from flask_sqlalchemy import SQLAlchemy
 from werkzeug.test import TestResponse
 
 from flask_resilient_session import ResilientSession
-from flask_resilient_session.clock import SystemClock
-from flask_resilient_session.codec import encode_value
-from flask_resilient_session.record import Entry, Record
-from flask_resilient_session.times import row_expires_ms
+from flask_resilient_session.common.clock import SystemClock
+from flask_resilient_session.core.lifetimes import row_expires_ms
+from flask_resilient_session.core.record import Entry, Record
+from flask_resilient_session.core.values import encode_value
 from servers import Memcached
 
 #: Statements that are not counted: they are no work of the database's.

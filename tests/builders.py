@@ -14,29 +14,29 @@ from typing import Any
 import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 
-from flask_resilient_session.calls import SqlCalls
-from flask_resilient_session.clock import SystemClock
-from flask_resilient_session.cluster import Cluster, NodeLike
-from flask_resilient_session.codec import decode, encode_value
-from flask_resilient_session.config import Timing
-from flask_resilient_session.connections import plain_engine
-from flask_resilient_session.context import SessionContext
-from flask_resilient_session.envelope import Keyring
-from flask_resilient_session.errors import SqlUnavailable
-from flask_resilient_session.events import Observer
-from flask_resilient_session.gate import Gate
-from flask_resilient_session.health import Breaker
-from flask_resilient_session.homes import Homes
-from flask_resilient_session.node import Node
-from flask_resilient_session.patience import Patience
-from flask_resilient_session.record import Entry, Record, Tombstone
-from flask_resilient_session.replication import Gone, Live
-from flask_resilient_session.ring import Ring, RingNode
-from flask_resilient_session.row import RowRepository
-from flask_resilient_session.sql import SqlTable
-from flask_resilient_session.store import Store
-from flask_resilient_session.table import Row, define_table
-from flask_resilient_session.text_protocol import Get, Parsed, Request, Value
+from flask_resilient_session.common.breaker import Breaker
+from flask_resilient_session.common.clock import SystemClock
+from flask_resilient_session.common.errors import SqlUnavailable
+from flask_resilient_session.common.events import Observer
+from flask_resilient_session.common.patience import Patience
+from flask_resilient_session.core.envelope import Keyring
+from flask_resilient_session.core.lifetimes import Timing
+from flask_resilient_session.core.reading import Gone, Live
+from flask_resilient_session.core.record import Entry, Record, Tombstone
+from flask_resilient_session.core.ring import Ring, RingNode
+from flask_resilient_session.core.values import decode, encode_value
+from flask_resilient_session.memcached.cluster import Cluster, NodeLike
+from flask_resilient_session.memcached.node import Node
+from flask_resilient_session.memcached.text_protocol import Get, Parsed, Request, Value
+from flask_resilient_session.sql.calls import SqlCalls
+from flask_resilient_session.sql.connections import plain_engine
+from flask_resilient_session.sql.gate import Gate
+from flask_resilient_session.sql.statements import SqlTable
+from flask_resilient_session.sql.table import Row, define_table
+from flask_resilient_session.store.context import SessionContext
+from flask_resilient_session.store.replicas import Homes
+from flask_resilient_session.store.row import RowRepository
+from flask_resilient_session.store.store import Store
 from servers import Memcached
 
 # A busy machine is no reason for a law to fail.

@@ -36,11 +36,11 @@ import pytest
 import sqlalchemy as sa
 
 from builders import PLACES, some_gate
-from flask_resilient_session.calls import SqlCalls
-from flask_resilient_session.clock import SystemClock
-from flask_resilient_session.connections import own_engine, plain_engine
-from flask_resilient_session.sql import SqlTable
-from flask_resilient_session.table import define_table
+from flask_resilient_session.common.clock import SystemClock
+from flask_resilient_session.sql.calls import SqlCalls
+from flask_resilient_session.sql.connections import own_engine, plain_engine
+from flask_resilient_session.sql.statements import SqlTable
+from flask_resilient_session.sql.table import define_table
 from servers import ServerError, ServerMissing, find_program, free_port, wait_until
 
 #: Seconds for a server to start, recovery from a kill included, or to end.

@@ -23,7 +23,9 @@ from uuid import UUID
 import atheris
 
 with atheris.instrument_imports(include=["flask_resilient_session", "msgpack"]):
-    from flask_resilient_session import codec, envelope, record, wire
+    from flask_resilient_session import wire
+    from flask_resilient_session.core import envelope, record
+    from flask_resilient_session.core import values as codec
 
 #: Seconds that no input may take; libFuzzer's own limit is in whole seconds.
 SLOW = 2.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from flask_resilient_session.node import Node
-from flask_resilient_session.text_protocol import Get, Value
+from flask_resilient_session.memcached.node import Node
+from flask_resilient_session.memcached.text_protocol import Get, Value
 from servers import Memcached
 
 #: Longest item that the tests read, in bytes.

@@ -30,8 +30,8 @@ from typing import Any, Final
 
 import pytest
 
-from flask_resilient_session.codec import decode
-from flask_resilient_session.record import Copy, Record, Tombstone
+from flask_resilient_session.core.record import Copy, Record, Tombstone
+from flask_resilient_session.core.values import decode
 from lab_databases import LabDatabase, SqliteFile
 from lab_workers import (
     HASTY,

@@ -23,7 +23,7 @@ import pytest
 import sqlalchemy as sa
 
 from database_servers import DatabaseServer, new_table_name
-from flask_resilient_session.table import define_table
+from flask_resilient_session.sql.table import define_table
 from servers import wait_until
 
 #: Seconds until what is to happen in a database has happened.

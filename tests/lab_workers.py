@@ -16,9 +16,8 @@ from flask_sqlalchemy import SQLAlchemy
 from werkzeug.http import parse_cookie
 
 from flask_resilient_session import ResilientSession
-from flask_resilient_session.patience import Patience
-from flask_resilient_session.record import Unreachable
-from flask_resilient_session.replication import SqlSilent
+from flask_resilient_session.common.patience import Patience
+from flask_resilient_session.core.answers import SqlSilent, Unreachable
 from servers import wait_until
 
 #: The sync interval, in seconds of the lab's clock.

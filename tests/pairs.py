@@ -16,10 +16,10 @@ from builders import (
     record,
     session_key,
 )
-from flask_resilient_session.cluster import Cluster
-from flask_resilient_session.node import Node
-from flask_resilient_session.record import Reply
-from flask_resilient_session.text_protocol import Ack, Request
+from flask_resilient_session.core.answers import Ack, Reply
+from flask_resilient_session.memcached.cluster import Cluster
+from flask_resilient_session.memcached.node import Node
+from flask_resilient_session.memcached.text_protocol import Request
 from servers import Memcached
 
 KEY = session_key("alice")

@@ -30,7 +30,7 @@ from flask import Flask, abort, g, has_app_context, jsonify, session
 from flask_sqlalchemy import SQLAlchemy
 
 from flask_resilient_session import ResilientSession
-from flask_resilient_session.record import Unreachable
+from flask_resilient_session.core.answers import Unreachable
 from servers import free_port, wait_until
 
 #: Seconds for anything that is waited for.

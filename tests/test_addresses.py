@@ -7,8 +7,8 @@ from itertools import permutations
 import memcache
 import pytest
 
-from flask_resilient_session.addresses import NodeSettings, parse_nodes
-from flask_resilient_session.errors import ConfigurationError
+from flask_resilient_session.common.errors import ConfigurationError
+from flask_resilient_session.node_list import NodeSettings, parse_nodes
 
 ADDRESSES = [
     ("cache1:11212", "inet:cache1:11212", "cache1:11212", "cache1"),

@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from flask import session
 
 from apps import Site, Sites, TimeMachine, item_of, key_of
-from flask_resilient_session.envelope import AES_GCM, FORMAT, MAGIC
+from flask_resilient_session.core.envelope import AES_GCM, FORMAT, MAGIC
 
 #: python-memcached's flags: what it unpickles, takes for a number, inflates.
 PICKLED, INTEGER, LONG, COMPRESSED = 1, 2, 4, 8

@@ -20,15 +20,9 @@ from builders import (
     record,
     session_key,
 )
-from flask_resilient_session.envelope import CorruptBytes, Keyring
-from flask_resilient_session.record import (
-    Corrupt,
-    Hit,
-    Miss,
-    Tombstone,
-    Unreachable,
-)
-from flask_resilient_session.text_protocol import Ack
+from flask_resilient_session.core.answers import Ack, Corrupt, Hit, Miss, Unreachable
+from flask_resilient_session.core.envelope import CorruptBytes, Keyring
+from flask_resilient_session.core.record import Tombstone
 from misbehaving import FakeServer
 from pairs import KEY, SEALED, STORED_KEY, pair_of, read, real_pair, write
 from servers import Memcached

@@ -20,12 +20,11 @@ from builders import (
     real_node,
     usual_breaker,
 )
-from flask_resilient_session import cluster as cluster_module
-from flask_resilient_session.events import node_down, node_up
-from flask_resilient_session.health import Breaker
-from flask_resilient_session.node import ToSend, _Connection
-from flask_resilient_session.record import Hit, Miss, Reply, Unreachable
-from flask_resilient_session.text_protocol import Ack
+from flask_resilient_session.common.breaker import Breaker
+from flask_resilient_session.common.events import node_down, node_up
+from flask_resilient_session.core.answers import Ack, Hit, Miss, Reply, Unreachable
+from flask_resilient_session.memcached import cluster as cluster_module
+from flask_resilient_session.memcached.node import ToSend, _Connection
 from misbehaving import FakeServer, answering, black_hole, hang
 from pairs import KEY, SEALED, STORED_KEY, pair_of, read, real_pair
 from servers import Memcached, wait_until

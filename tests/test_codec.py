@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from flask_resilient_session.codec import (
+from flask_resilient_session.core.values import (
     decode,
     decode_value,
     encode,

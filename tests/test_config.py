@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 from flask import Flask
 
-from flask_resilient_session.config import (
+from flask_resilient_session.common.errors import ConfigurationError
+from flask_resilient_session.core.lifetimes import Timing
+from flask_resilient_session.node_list import NodeSettings
+from flask_resilient_session.settings import (
     CONFIG_KEYS,
     PREFIX,
-    NodeSettings,
     Settings,
-    Timing,
     load_settings,
 )
-from flask_resilient_session.errors import ConfigurationError
 
 CENTURIES = 5000 * 365.25 * 86400
 NAN, INF = float("nan"), float("inf")

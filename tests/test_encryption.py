@@ -11,9 +11,10 @@ import pytest
 from flask import Flask, session
 
 from apps import Site, Sites, item_of, key_of, make_app
-from flask_resilient_session import ConfigurationError, ResilientSession, envelope
-from flask_resilient_session.envelope import AES_GCM, PLAIN, Keyring
-from flask_resilient_session.record import Record, Tombstone
+from flask_resilient_session import ConfigurationError, ResilientSession
+from flask_resilient_session.core import envelope
+from flask_resilient_session.core.envelope import AES_GCM, PLAIN, Keyring
+from flask_resilient_session.core.record import Record, Tombstone
 from servers import Memcached
 
 SECRET = "the plain text of a secret"

@@ -9,7 +9,7 @@ from blinker import Namespace
 
 from apps import Site, Sites
 from flask_resilient_session import node_down, session_created
-from flask_resilient_session.events import COUNTERS, Observer, Stats
+from flask_resilient_session.common.events import COUNTERS, Observer, Stats
 from servers import Memcached
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from flask_resilient_session.replication import MOVE_AT_WORK_MS
+from flask_resilient_session.core.reading import MOVE_AT_WORK_MS
 from lab import (
     DEAD,
     FIRST,

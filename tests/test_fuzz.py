@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from markupsafe import Markup
 
-from flask_resilient_session.codec import decode_value, encode_value
-from flask_resilient_session.cookie import CookieSigner
-from flask_resilient_session.envelope import (
+from flask_resilient_session.core.answers import Ack
+from flask_resilient_session.core.envelope import (
     AES_GCM,
     FORMAT,
     MAGIC,
@@ -27,9 +26,9 @@ from flask_resilient_session.envelope import (
     UnknownFormat,
     _pack,
 )
-from flask_resilient_session.record import Entry, Record, Tombstone
-from flask_resilient_session.text_protocol import (
-    Ack,
+from flask_resilient_session.core.record import Entry, Record, Tombstone
+from flask_resilient_session.core.values import decode_value, encode_value
+from flask_resilient_session.memcached.text_protocol import (
     Add,
     Cas,
     Delete,
@@ -38,6 +37,7 @@ from flask_resilient_session.text_protocol import (
     Set,
     Value,
 )
+from flask_resilient_session.web.cookie import CookieSigner
 
 EXAMPLES = 300
 bounded = settings(

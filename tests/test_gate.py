@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from builders import some_gate
-from flask_resilient_session.errors import SqlBusy
-from flask_resilient_session.gate import Gate
+from flask_resilient_session.common.errors import SqlBusy
+from flask_resilient_session.sql.gate import Gate
 from misbehaving import in_child
 from servers import wait_until
 
@@ -104,7 +104,7 @@ def test_an_interrupted_wait_leaves_the_queue() -> None:
         raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch, gate.slot(0):
-        patch.setattr("flask_resilient_session.gate.wait_for", interrupt)
+        patch.setattr("flask_resilient_session.sql.gate.wait_for", interrupt)
         error = in_thread(lambda: enter(gate, LONG))
         assert isinstance(error, Interrupted)
         assert gate.waiting == 0
@@ -131,7 +131,7 @@ def test_a_turn_that_comes_at_the_last_moment_is_taken() -> None:
             holder.join(LONG)
             return False
 
-        patch.setattr("flask_resilient_session.gate.wait_for", too_late)
+        patch.setattr("flask_resilient_session.sql.gate.wait_for", too_late)
         with gate.slot(LONG):
             assert isinstance(in_thread(lambda: enter(gate, 0)), SqlBusy)
     assert in_thread(lambda: enter(gate, 0)) is None

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flask_resilient_session.health import Breaker
+from flask_resilient_session.common.breaker import Breaker
 
 #: The largest jitter: pauses are then as good as their nominal length.
 WHOLE = 1 - 2**-40

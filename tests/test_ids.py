@@ -11,8 +11,8 @@ from flask import session
 from itsdangerous import Signer
 
 from apps import NOTHING, Site, Sites, key_of
-from flask_resilient_session import session as session_module
-from flask_resilient_session.cookie import CookieSigner
+from flask_resilient_session.web import session as session_module
+from flask_resilient_session.web.cookie import CookieSigner
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from flask import session
 from werkzeug.exceptions import HTTPException
 
 from apps import Site, Sites, TimeMachine, key_of
-from flask_resilient_session import events, interface
-from flask_resilient_session import session as session_module
+from flask_resilient_session.common import events
+from flask_resilient_session.web import interface
+from flask_resilient_session.web import session as session_module
 from servers import wait_until
 
 SIGNALS = [

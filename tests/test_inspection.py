@@ -16,9 +16,10 @@ from answers import COPIES, DEAD, ROWS, SAME, TOKENS, replies
 from apps import NOTHING, Cost, Site, Sites, item_of, key_of
 from builders import FIRST_HOME, HOUR, NOW, PAIR, SECOND_HOME
 from flask_resilient_session import SessionInspection
-from flask_resilient_session.events import short
-from flask_resilient_session.inspection import judge_inspection
-from flask_resilient_session.replication import Gone, Live, RowLive, Standing, Unknown
+from flask_resilient_session.common.events import short
+from flask_resilient_session.core.answers import RowLive
+from flask_resilient_session.core.reading import Gone, Live, Standing, Unknown
+from flask_resilient_session.web.inspect import judge_inspection
 from servers import Memcached
 
 AGREED = Live(SAME, Standing.AGREED, dict(TOKENS))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from flask_resilient_session.keyed_queue import KeyedQueue
+from flask_resilient_session.common.queue import KeyedQueue
 from servers import wait_until
 
 LONG = 20.0

@@ -28,8 +28,9 @@ from builders import (
     session_key,
     timing,
 )
-from flask_resilient_session.text_protocol import Ack, Add, Cas, Get, Set, Value
-from flask_resilient_session.times import exptime_seconds
+from flask_resilient_session.core.answers import Ack
+from flask_resilient_session.core.lifetimes import exptime_seconds
+from flask_resilient_session.memcached.text_protocol import Add, Cas, Get, Set, Value
 from reaping import counts, reap
 from servers import Memcached
 

@@ -13,10 +13,10 @@ from builders import (
     get,
     real_node,
 )
-from flask_resilient_session.node import IDLE_CONNECTIONS
-from flask_resilient_session.text_protocol import (
+from flask_resilient_session.core.answers import Ack
+from flask_resilient_session.memcached.node import IDLE_CONNECTIONS
+from flask_resilient_session.memcached.text_protocol import (
     Absent,
-    Ack,
     Add,
     Cas,
     Delete,

@@ -17,10 +17,10 @@ from builders import (
     new_node,
     real_node,
 )
-from flask_resilient_session.node import NodeFault, send_all
-from flask_resilient_session.text_protocol import (
+from flask_resilient_session.core.answers import Ack
+from flask_resilient_session.memcached.node import NodeFault, send_all
+from flask_resilient_session.memcached.text_protocol import (
     Absent,
-    Ack,
     Add,
     Cas,
     Delete,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from flask_resilient_session.patience import Patience, wait_for
+from flask_resilient_session.common.patience import Patience, wait_for
 
 
 class HandClock:

@@ -18,9 +18,10 @@ from flask import Flask, session
 
 import flask_resilient_session
 from example_app.nodes import main as nodes_command
-from flask_resilient_session import ResilientSession, Session, cli
-from flask_resilient_session.config import CONFIG_KEYS, load_settings
-from flask_resilient_session.events import COUNTERS
+from flask_resilient_session import ResilientSession, Session
+from flask_resilient_session.common.events import COUNTERS
+from flask_resilient_session.maintenance import cli
+from flask_resilient_session.settings import CONFIG_KEYS, load_settings
 from servers import Memcached
 
 ROOT = Path(__file__).parent.parent

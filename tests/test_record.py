@@ -9,14 +9,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builders import DAY, KEYRING, NAMESPACE, NOW, PAIR, record, session_key
-from flask_resilient_session.envelope import (
+from flask_resilient_session.core.envelope import (
     FORMAT,
     MAGIC,
     CorruptBytes,
     Keyring,
     UnknownFormat,
 )
-from flask_resilient_session.record import (
+from flask_resilient_session.core.record import (
     Copy,
     Entry,
     Record,

@@ -28,31 +28,32 @@ from builders import (
     SECOND,
     timing,
 )
-from flask_resilient_session.record import (
+from flask_resilient_session.core.answers import (
+    Ack,
     Hit,
-    Token,
-    Tombstone,
-    same_state,
-)
-from flask_resilient_session.replication import (
-    Gone,
-    InsertFirst,
-    Live,
-    Outcome,
     RowCorrupt,
     RowDead,
     RowLive,
-    SqlNeed,
+    Token,
+)
+from flask_resilient_session.core.reading import (
+    Gone,
+    InsertFirst,
+    Live,
     Standing,
     Unknown,
     confirmed,
-    judge_acks,
     judge_copies,
     judge_row,
+)
+from flask_resilient_session.core.record import Tombstone, same_state
+from flask_resilient_session.core.writing import (
+    Outcome,
+    SqlNeed,
+    judge_acks,
     sql_need,
     to_remove,
 )
-from flask_resilient_session.text_protocol import Ack
 
 
 def writable(*answers: str) -> dict[str, Token | None]:

@@ -28,7 +28,14 @@ from builders import (
     record,
     timing,
 )
-from flask_resilient_session.reaping import (
+from flask_resilient_session.core.answers import Hit, RowLive
+from flask_resilient_session.core.lifetimes import (
+    expires_ms,
+    row_expires_ms,
+    tombstone_expires_ms,
+    touch_due,
+)
+from flask_resilient_session.core.reaping import (
     Keep,
     PutTombstone,
     Reap,
@@ -37,17 +44,7 @@ from flask_resilient_session.reaping import (
     may_reap,
     written_ahead,
 )
-from flask_resilient_session.record import (
-    Hit,
-    Tombstone,
-)
-from flask_resilient_session.replication import RowLive
-from flask_resilient_session.times import (
-    expires_ms,
-    row_expires_ms,
-    tombstone_expires_ms,
-    touch_due,
-)
+from flask_resilient_session.core.record import Tombstone
 
 BOTH = list(itertools.product(ANSWERS, repeat=2))
 

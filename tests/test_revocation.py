@@ -15,8 +15,8 @@ from flask.testing import FlaskClient
 
 from apps import Site, Sites, TimeMachine, item_of, key_of
 from flask_resilient_session import SessionUnavailable
-from flask_resilient_session.events import session_revoked
-from flask_resilient_session.row import user_id_column
+from flask_resilient_session.common.events import session_revoked
+from flask_resilient_session.store.row import user_id_column
 
 LONG = "https://id.example/" + "x" * 300
 #: Users whose ids are easily taken for one another.

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flask_resilient_session.ring import POINTS_PER_WEIGHT, Ring, RingNode, _points
+from flask_resilient_session.core.ring import POINTS_PER_WEIGHT, Ring, RingNode, _points
 
 
 def session_keys(count: int) -> list[str]:

@@ -34,24 +34,21 @@ from builders import (
     tombstone_row,
     usual_breaker,
 )
-from flask_resilient_session.context import SessionContext
-from flask_resilient_session.envelope import Keyring
-from flask_resilient_session.errors import SqlUnavailable
-from flask_resilient_session.events import Observer
-from flask_resilient_session.health import Breaker
-from flask_resilient_session.record import Entry, Tombstone
-from flask_resilient_session.replication import (
+from flask_resilient_session.common.breaker import Breaker
+from flask_resilient_session.common.errors import SqlUnavailable
+from flask_resilient_session.common.events import Observer
+from flask_resilient_session.core.answers import (
     RowCorrupt,
     RowDead,
     RowLive,
     RowMissing,
     SqlSilent,
 )
-from flask_resilient_session.row import RowRepository, user_id_column
-from flask_resilient_session.times import (
-    row_expires_ms,
-    tombstone_expires_ms,
-)
+from flask_resilient_session.core.envelope import Keyring
+from flask_resilient_session.core.lifetimes import row_expires_ms, tombstone_expires_ms
+from flask_resilient_session.core.record import Entry, Tombstone
+from flask_resilient_session.store.context import SessionContext
+from flask_resilient_session.store.row import RowRepository, user_id_column
 from servers import wait_until
 
 KEY, OTHER = session_key("alice"), session_key("bob")

@@ -15,9 +15,9 @@ from flask_resilient_session import (
     session_regenerated,
     session_revoked,
 )
-from flask_resilient_session.context import SessionContext
-from flask_resilient_session.errors import SqlBusy
-from flask_resilient_session.replication import RowLive
+from flask_resilient_session.common.errors import SqlBusy
+from flask_resilient_session.core.answers import RowLive
+from flask_resilient_session.store.context import SessionContext
 from misbehaving import in_child
 
 

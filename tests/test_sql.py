@@ -19,9 +19,9 @@ from builders import (
     tombstone_row,
 )
 from database_servers import DatabaseServer, server_table
-from flask_resilient_session.errors import SqlUnavailable
-from flask_resilient_session.sql import SqlTable
-from flask_resilient_session.table import Row
+from flask_resilient_session.common.errors import SqlUnavailable
+from flask_resilient_session.sql.statements import SqlTable
+from flask_resilient_session.sql.table import Row
 from misbehaving import run_together
 
 KEY, OTHER = session_key("alice"), session_key("bob")

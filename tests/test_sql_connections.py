@@ -24,12 +24,16 @@ from builders import (
     sqlite_table,
     tombstone_row,
 )
-from flask_resilient_session.calls import SqlCalls
-from flask_resilient_session.clock import SystemClock
-from flask_resilient_session.connections import is_in_memory, own_engine, plain_engine
-from flask_resilient_session.errors import SqlUnavailable
-from flask_resilient_session.sql import SqlTable
-from flask_resilient_session.table import define_table
+from flask_resilient_session.common.clock import SystemClock
+from flask_resilient_session.common.errors import SqlUnavailable
+from flask_resilient_session.sql.calls import SqlCalls
+from flask_resilient_session.sql.connections import (
+    is_in_memory,
+    own_engine,
+    plain_engine,
+)
+from flask_resilient_session.sql.statements import SqlTable
+from flask_resilient_session.sql.table import define_table
 from misbehaving import in_child, run_together
 
 KEY, OTHER = session_key("alice"), session_key("bob")

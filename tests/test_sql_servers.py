@@ -25,10 +25,10 @@ from database_servers import (
     new_table_name,
     server_table,
 )
-from flask_resilient_session import watchdog
-from flask_resilient_session.connections import own_engine
-from flask_resilient_session.errors import SetupError, SqlBusy, SqlUnavailable
-from flask_resilient_session.sql import SqlTable
+from flask_resilient_session.common.errors import SetupError, SqlBusy, SqlUnavailable
+from flask_resilient_session.sql import watchdog
+from flask_resilient_session.sql.connections import own_engine
+from flask_resilient_session.sql.statements import SqlTable
 from misbehaving import in_child, run_together
 from servers import free_port, wait_until
 

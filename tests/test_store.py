@@ -21,9 +21,9 @@ from builders import (
     make_site,
     session_key,
 )
-from flask_resilient_session.errors import SessionTooLarge
-from flask_resilient_session.record import Tombstone
-from flask_resilient_session.replication import Gone, Live, Standing
+from flask_resilient_session.common.errors import SessionTooLarge
+from flask_resilient_session.core.reading import Gone, Live, Standing
+from flask_resilient_session.core.record import Tombstone
 from misbehaving import run_together
 from servers import Memcached
 

@@ -21,10 +21,10 @@ from builders import (
     session_key,
     soon,
 )
-from flask_resilient_session.envelope import CorruptBytes, Keyring, UnknownFormat
-from flask_resilient_session.errors import SessionUnavailable
-from flask_resilient_session.replication import Gone, Standing, Unknown
-from flask_resilient_session.table import Row
+from flask_resilient_session.common.errors import SessionUnavailable
+from flask_resilient_session.core.envelope import CorruptBytes, Keyring, UnknownFormat
+from flask_resilient_session.core.reading import Gone, Standing, Unknown
+from flask_resilient_session.sql.table import Row
 from servers import Memcached, ServerError
 
 HOMES = pytest.mark.parametrize("broken", [0, 1], ids=["first_home", "second_home"])

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import builders
-from flask_resilient_session.text_protocol import (
+from flask_resilient_session.core.answers import Ack
+from flask_resilient_session.memcached.text_protocol import (
     Absent,
-    Ack,
     Add,
     Cas,
     Delete,

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from flask_resilient_session import watchdog
-from flask_resilient_session.watchdog import (
+from flask_resilient_session.sql import watchdog
+from flask_resilient_session.sql.watchdog import (
     MOST_GIVEN_UP,
     NoTimeLeft,
     TooLate,

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
-from flask_resilient_session.errors import SqlBusy, SqlUnavailable
-from flask_resilient_session.node import NodeFault
-from flask_resilient_session.table import Row
-from flask_resilient_session.text_protocol import (
+from flask_resilient_session.common.errors import SqlBusy, SqlUnavailable
+from flask_resilient_session.core.answers import Ack
+from flask_resilient_session.memcached.node import NodeFault
+from flask_resilient_session.memcached.text_protocol import (
     Absent,
-    Ack,
     Add,
     Cas,
     Delete,
@@ -21,6 +20,7 @@ from flask_resilient_session.text_protocol import (
     Set,
     Value,
 )
+from flask_resilient_session.sql.table import Row
 
 from .world import World
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from flask_resilient_session.config import Timing
-from flask_resilient_session.replication import Gone, Live
+from flask_resilient_session.core.lifetimes import Timing
+from flask_resilient_session.core.reading import Gone, Live
 
 from .hearing import ALL_EARS, Reader
 from .world import World

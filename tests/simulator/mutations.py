@@ -10,41 +10,28 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from flask_resilient_session import (
-    homes,
-    loading,
-    moving,
-    replication,
-    saving,
-)
-from flask_resilient_session.cluster import Cluster
-from flask_resilient_session.context import SessionContext
-from flask_resilient_session.ending import Ender
-from flask_resilient_session.errors import SqlUnavailable
-from flask_resilient_session.homes import Homes
-from flask_resilient_session.loading import Loader
-from flask_resilient_session.moving import Mover
-from flask_resilient_session.reaper import Reaper
-from flask_resilient_session.record import (
-    Hit,
-    Miss,
-    Record,
-    Tombstone,
-    drop_markers,
-)
-from flask_resilient_session.replication import (
-    Gone,
-    InsertFirst,
-    Live,
-    Outcome,
-    SqlNeed,
-    Standing,
-)
-from flask_resilient_session.row import RowRepository
-from flask_resilient_session.saving import Saver
-from flask_resilient_session.text_protocol import Ack, Set
-from flask_resilient_session.times import exptime_seconds as exptime
-from flask_resilient_session.times import touch_due
+from flask_resilient_session.common.errors import SqlUnavailable
+from flask_resilient_session.core import reading
+from flask_resilient_session.core.answers import Ack, Hit, Miss
+from flask_resilient_session.core.lifetimes import exptime_seconds as exptime
+from flask_resilient_session.core.lifetimes import touch_due
+from flask_resilient_session.core.reading import Gone, InsertFirst, Live, Standing
+from flask_resilient_session.core.record import Record, Tombstone, drop_markers
+from flask_resilient_session.core.writing import Outcome, SqlNeed
+from flask_resilient_session.maintenance.reaper import Reaper
+from flask_resilient_session.memcached.cluster import Cluster
+from flask_resilient_session.memcached.text_protocol import Set
+from flask_resilient_session.store import load as loading
+from flask_resilient_session.store import move as moving
+from flask_resilient_session.store import replicas as homes
+from flask_resilient_session.store import save as saving
+from flask_resilient_session.store.context import SessionContext
+from flask_resilient_session.store.end import Ender
+from flask_resilient_session.store.load import Loader
+from flask_resilient_session.store.move import Mover
+from flask_resilient_session.store.replicas import Homes
+from flask_resilient_session.store.row import RowRepository
+from flask_resilient_session.store.save import Saver
 
 
 class Patch(Protocol):
@@ -215,7 +202,7 @@ def lone_copy_trusted(patch: Patch) -> None:
         hits = [r for r in replies.values() if isinstance(r, Hit)]
         if verdict is not None or len(hits) != 1 or isinstance(hits[0].copy, Tombstone):
             return verdict
-        writable = replication.writable_of(replies)
+        writable = reading.writable_of(replies)
         return Live(hits[0].copy, Standing.AGREED, writable)
 
     patch(loading, "judge_copies", judge_copies)
@@ -360,7 +347,7 @@ def late_changes_by_stamp(patch: Patch) -> None:
 @_mutation("none")
 def moved_buried_by_readers(patch: Patch) -> None:
     """Readers bury the copies that a move has still to look at."""
-    patch(replication, "MOVE_AT_WORK_MS", 0)
+    patch(reading, "MOVE_AT_WORK_MS", 0)
 
 
 # --- reaping ---------------------------------------------------------------------

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from flask_resilient_session.config import Timing
+from flask_resilient_session.core.lifetimes import Timing
 
 from . import more
 from .actions import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from flask_resilient_session.envelope import Keyring
+from flask_resilient_session.core.envelope import Keyring
 
 #: The secret keys that an application has one after the other.
 SECRETS = ("the simulator's secret", "its second one", "its third one")

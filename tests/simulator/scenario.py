@@ -6,19 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from flask_resilient_session.codec import encode_value
-from flask_resilient_session.context import SessionContext
-from flask_resilient_session.errors import SessionUnavailable
-from flask_resilient_session.events import logger
-from flask_resilient_session.record import Hit, Record, same_state
-from flask_resilient_session.replication import (
+from flask_resilient_session.common.errors import SessionUnavailable
+from flask_resilient_session.common.events import logger
+from flask_resilient_session.core.answers import Hit
+from flask_resilient_session.core.reading import (
     MOVE_AT_WORK_MS,
     Gone,
     Live,
     Standing,
     Unknown,
 )
-from flask_resilient_session.steps import TOO_MANY
+from flask_resilient_session.core.record import Record, same_state
+from flask_resilient_session.core.values import encode_value
+from flask_resilient_session.store.context import SessionContext
+from flask_resilient_session.store.steps import TOO_MANY
 
 from .actions import NODES, PAIR, WORKERS
 from .hearing import Excuse, Moment, Reader

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from random import Random
 
-from flask_resilient_session.reaper import Reaper, ReapOptions
+from flask_resilient_session.maintenance.reaper import Reaper, ReapOptions
 
 from . import upkeep
 from .actions import NODES, WORKERS, Action

@@ -6,18 +6,18 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from flask_resilient_session.cluster import Cluster
-from flask_resilient_session.context import SessionContext
-from flask_resilient_session.events import Observer
-from flask_resilient_session.gate import Gate
-from flask_resilient_session.health import Breaker
-from flask_resilient_session.homes import Homes
-from flask_resilient_session.keyed_queue import KeyedQueue
-from flask_resilient_session.patience import Patience
-from flask_resilient_session.record import Record, Tombstone
-from flask_resilient_session.ring import Ring, RingNode
-from flask_resilient_session.row import RowRepository
-from flask_resilient_session.store import Store
+from flask_resilient_session.common.breaker import Breaker
+from flask_resilient_session.common.events import Observer
+from flask_resilient_session.common.patience import Patience
+from flask_resilient_session.common.queue import KeyedQueue
+from flask_resilient_session.core.record import Record, Tombstone
+from flask_resilient_session.core.ring import Ring, RingNode
+from flask_resilient_session.memcached.cluster import Cluster
+from flask_resilient_session.sql.gate import Gate
+from flask_resilient_session.store.context import SessionContext
+from flask_resilient_session.store.replicas import Homes
+from flask_resilient_session.store.row import RowRepository
+from flask_resilient_session.store.store import Store
 
 from .fakes import SQL_TIMEOUT, FakeNode, FakeSql
 from .more import LAYOUTS
