@@ -1,101 +1,35 @@
-"""The extension: a Flask app and every constructor, a table of contents.
+"""The public API: what an application does with its sessions as a whole.
 
-What belongs to one application is in ``app.extensions["resilient_session"]``; the
-extension object itself knows no application and serves as many as are initialised.
+The extension object knows no application, and serves as many as are initialised.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Final
 
-from flask import Flask, Response, appcontext_pushed, current_app
+from flask import Flask, Response, current_app
 from flask.sessions import SessionMixin
 from flask_sqlalchemy import SQLAlchemy
 
-from .common.breaker import Breaker
-from .common.clock import SystemClock
 from .common.errors import ConfigurationError, SessionUnavailable, SetupError
-from .common.events import Observer, Stats, logger, short
-from .core.ring import Ring, RingNode
+from .common.events import Stats, logger, short
 from .maintenance.cli import reap_command, revoke_command
-from .maintenance.reaper import STATEMENT_SECONDS, Reaper, ReapOptions, ReapReport
-from .maintenance.revocation import STEP_SECONDS, Revoker, SessionInfo
-from .memcached.cluster import Cluster
-from .memcached.node import Node
-from .settings import Settings, load_settings
-from .sql.calls import SqlCalls
-from .sql.database import app_engine, default_engine, table_for
-from .sql.gate import Gate
-from .sql.statements import SqlTable
-from .store.replicas import Homes
-from .store.row import RowRepository
-from .store.store import Store
+from .maintenance.reaper import ReapOptions, ReapReport
+from .maintenance.revocation import Revoker, SessionInfo
+from .settings import load_settings
 from .web.inspect import SessionInspection, inspect_session
-from .web.interface import ResilientSessionInterface
-from .web.keys import Keys, session_key_of
+from .web.keys import session_key_of
 from .web.session import Session
-
-_NAME: Final = "resilient_session"
+from .wiring import NAME, AppState, new_state, register_table, state_of
 
 #: The commands, and the name that Flask-Session users have in their cron.
 _REAP_COMMANDS: Final = ("reap-sessions", "session_cleanup")
 
 #: Rows that one request reaps, where requests do it.
 _REAP_BATCH: Final = 20
-
-
-@dataclass(slots=True)
-class AppState:
-    """What the extension keeps for one application."""
-
-    settings: Settings
-    db: SQLAlchemy | None
-    observer: Observer
-    clock: SystemClock
-    sql: SqlTable
-    store: Store
-    keys: Keys
-    interface: ResilientSessionInterface
-
-    def new_revoker(self, app: Flask, seconds: float = STEP_SECONDS) -> Revoker:
-        """A revoker for the application's table, with its keys as they are now.
-
-        :param seconds: for each of its steps.
-        """
-        return Revoker(
-            self.sql,
-            self.store,
-            keyring=self.keys.of(app).keyring,
-            timing=self.settings.timing(app.permanent_session_lifetime),
-            clock=self.clock,
-            step_seconds=seconds,
-        )
-
-    def close(self) -> None:
-        """Close all idle connections to nodes and SQL; the next use opens new ones."""
-        self.store.homes.cluster.close()
-        self.sql.dispose()
-
-    def new_reaper(self, app: Flask, seconds: float = STATEMENT_SECONDS) -> Reaper:
-        """A reaper of the application's table, with its keys as they are now.
-
-        :param seconds: for each of its statements.
-        """
-        return Reaper(
-            self.sql,
-            self.store,
-            keyring=self.keys.of(app).keyring,
-            timing=self.settings.timing(app.permanent_session_lifetime),
-            clock=self.clock,
-            observer=self.observer,
-            statement_seconds=seconds,
-        )
 
 
 class ResilientSession:
@@ -119,7 +53,7 @@ class ResilientSession:
         :raises ConfigurationError: a ``RESILIENT_SESSION_*`` setting is wrong.
         :raises SetupError: the application has been initialised already.
         """
-        if _NAME in app.extensions:
+        if NAME in app.extensions:
             raise SetupError(
                 "This application has a ResilientSession already. Call init_app once:"
                 " either ResilientSession(app, db), or ResilientSession() and"
@@ -140,14 +74,13 @@ class ResilientSession:
                 settings.bind_key,
                 f"one of SQLALCHEMY_BINDS: {', '.join(filter(None, binds))}",
             )
-        state = _new_state(app, settings, db)
-        app.extensions[_NAME] = state
-        _stores.add(state.store)
+        state = new_state(app, settings, db)
+        app.extensions[NAME] = state
         app.session_interface = state.interface
-        _register_table(app, state)
+        register_table(app, state)
         for name in _REAP_COMMANDS:
-            app.cli.add_command(reap_command(name, lambda a: _state(a).new_reaper(a)))
-        app.cli.add_command(revoke_command(lambda a: _state(a).new_revoker(a)))
+            app.cli.add_command(reap_command(name, lambda a: state_of(a).new_reaper(a)))
+        app.cli.add_command(revoke_command(lambda a: state_of(a).new_revoker(a)))
         if settings.reap_probability:
             app.after_request(_reap_sometimes(state))
         if not settings.nodes:
@@ -235,115 +168,7 @@ class ResilientSession:
         :param options: the fields of :class:`~flask_resilient_session.ReapOptions`.
         """
         app = _app()
-        return _state(app).new_reaper(app).run(ReapOptions(**options))
-
-
-#: The stores of this process, which a forked child has to renew.
-_stores: Final[weakref.WeakSet[Store]] = weakref.WeakSet()
-
-
-def _renew_in_child() -> None:
-    for store in list(_stores):
-        store.renew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_in_child)
-
-
-def _new_state(app: Flask, settings: Settings, db: SQLAlchemy | None) -> AppState:
-    """Construct everything; nothing connects before it is used."""
-    clock = SystemClock()
-    # The system's randomness: after a fork a seeded one would repeat itself.
-    chance = random.SystemRandom()
-    observer = Observer(app)
-
-    def new_breaker() -> Breaker:
-        return Breaker(
-            first_pause=settings.node_retry, longest_pause=settings.node_retry_max
-        )
-
-    ring = Ring(RingNode(n.name, n.weight, n.zone) for n in settings.nodes)
-    cluster = Cluster(
-        {n.name: Node(n.name, n.address, clock) for n in settings.nodes},
-        new_breaker=new_breaker,
-        node_timeout=settings.node_timeout,
-        key_prefix=settings.key_prefix,
-        max_bytes=settings.max_bytes,
-        clock=clock,
-        random=chance,
-        observer=observer,
-    )
-    gate = Gate(settings.sql_concurrency, clock)
-    calls = SqlCalls(
-        table_for(db, settings),
-        lambda: _new_engine(app, settings),
-        create_table=settings.create_table,
-        sql_timeout=settings.sql_timeout,
-        gate=gate,
-        clock=clock,
-    )
-    sql = SqlTable(calls)
-    rows = RowRepository(
-        sql,
-        breaker=new_breaker(),
-        gate=gate,
-        sql_timeout=settings.sql_timeout,
-        user_key=settings.user_key,
-        clock=clock,
-        random=chance,
-        observer=observer,
-    )
-    store = Store(
-        homes=Homes(ring, cluster),
-        rows=rows,
-        max_bytes=settings.max_bytes,
-        clock=clock,
-        random=chance,
-        observer=observer,
-    )
-    keys = Keys(settings)
-    interface = ResilientSessionInterface(settings, store, keys, clock, observer)
-    return AppState(settings, db, observer, clock, sql, store, keys, interface)
-
-
-def _new_engine(app: Flask, settings: Settings) -> Any:
-    db = _state(app).db or app.extensions.get("sqlalchemy")
-    if db is None and settings.bind_key:
-        raise SetupError(
-            f"RESILIENT_SESSION_BIND_KEY = {settings.bind_key!r} names a bind of"
-            " Flask-SQLAlchemy, and this application has no Flask-SQLAlchemy."
-        )
-    if db is None:
-        return default_engine(app, settings)
-    return app_engine(app, db, settings)
-
-
-def _register_table(app: Flask, state: AppState) -> None:
-    """Make the table part of the application's metadata, now or when it is there.
-
-    Without it Flask-Migrate would take the table for one to drop.
-    """
-    if state.db is not None:
-        return
-    if _adopt(app, state):
-        return
-
-    def adopt_late(sender: Flask, **_: object) -> None:
-        # Before the first request or command runs, whichever pushes a context.
-        appcontext_pushed.disconnect(adopt_late, app)
-        _adopt(app, state)
-
-    # Strong: nobody else holds this function.
-    appcontext_pushed.connect(adopt_late, app, weak=False)
-
-
-def _adopt(app: Flask, state: AppState) -> bool:
-    db = app.extensions.get("sqlalchemy")
-    if db is None:
-        return False
-    state.sql.use(table_for(db, state.settings))
-    return True
+        return state_of(app).new_reaper(app).run(ReapOptions(**options))
 
 
 def _reap_sometimes(state: AppState) -> Callable[[Response], Response]:
@@ -369,15 +194,6 @@ def _reap_after_response(app: Flask, state: AppState) -> None:
         logger.warning("Reaping after a response did nothing: %s", reason)
 
 
-def _state(app: Flask) -> AppState:
-    state = app.extensions.get(_NAME)
-    if not isinstance(state, AppState):
-        raise SetupError(
-            "This application has no ResilientSession: call init_app(app, db) first."
-        )
-    return state
-
-
 def _app() -> Flask:
     """The current application itself, which outlives its proxy."""
     app: Flask = current_app._get_current_object()  # type: ignore[attr-defined]
@@ -385,7 +201,7 @@ def _app() -> Flask:
 
 
 def _current() -> AppState:
-    return _state(_app())
+    return state_of(_app())
 
 
 def _somebody(user_id: object) -> object:
@@ -397,6 +213,6 @@ def _somebody(user_id: object) -> object:
 
 def _current_revoker() -> Revoker:
     app = _app()
-    state = _state(app)
+    state = state_of(app)
     # For a request: commands have more patience.
     return state.new_revoker(app, state.settings.patience)

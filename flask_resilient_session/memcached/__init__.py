@@ -1,1 +1,10 @@
-"""X"""
+"""One node, and several in one round trip; knows no rows and no requests.
+
+========================================  ==============
+question                                  file
+========================================  ==============
+the bytes on the wire                     ``text_protocol``
+sockets, the pool, another client         ``node``
+parallel exchanges, a node out of memory  ``cluster``
+========================================  ==============
+"""

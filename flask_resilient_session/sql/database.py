@@ -14,7 +14,6 @@ from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
 
 from ..common.errors import SetupError
-from ..settings import Settings
 from .connections import own_engine, plain_engine
 from .table import define_table
 
@@ -22,17 +21,26 @@ from .table import define_table
 _DEFAULT_FILE: Final = "resilient_sessions.sqlite"
 
 
-def table_for(db: SQLAlchemy | None, settings: Settings) -> sa.Table:
+def table_for(
+    db: SQLAlchemy | None, bind_key: str | None, name: str, schema: str | None
+) -> sa.Table:
     """The table, in the metadata of the application's bind where it has one."""
-    if db is None:
-        return define_table(sa.MetaData(), settings.table, settings.schema)
-    metadata = db._make_metadata(settings.bind_key)
-    return define_table(metadata, settings.table, settings.schema)
+    metadata = sa.MetaData() if db is None else db._make_metadata(bind_key)
+    return define_table(metadata, name, schema)
 
 
-def app_engine(app: Flask, db: SQLAlchemy, settings: Settings) -> sa.Engine:
+def app_engine(
+    app: Flask,
+    db: SQLAlchemy,
+    bind_key: str | None,
+    *,
+    sql_timeout: float,
+    connections: int,
+) -> sa.Engine:
     """Connections of our own to the application's database.
 
+    :param sql_timeout: longest wait for a lock or a connection, in seconds.
+    :param connections: how many at most.
     :raises SetupError: Flask-SQLAlchemy does not know the application or the bind.
     """
     with app.app_context():
@@ -43,23 +51,24 @@ def app_engine(app: Flask, db: SQLAlchemy, settings: Settings) -> sa.Engine:
                 "Sessions need their database: call db.init_app(app) on the"
                 " Flask-SQLAlchemy object that ResilientSession was given."
             ) from error
-        if settings.bind_key not in engines:
+        if bind_key not in engines:
             raise SetupError(
-                f"RESILIENT_SESSION_BIND_KEY = {settings.bind_key!r} is not among the"
+                f"RESILIENT_SESSION_BIND_KEY = {bind_key!r} is not among the"
                 f" binds of SQLALCHEMY_BINDS: {sorted(filter(None, engines))}."
             )
-        return own_engine(
-            engines[settings.bind_key], settings.sql_timeout, settings.sql_concurrency
-        )
+        return own_engine(engines[bind_key], sql_timeout, connections)
 
 
-def default_engine(app: Flask, settings: Settings) -> sa.Engine:
+def default_engine(app: Flask, *, sql_timeout: float, connections: int) -> sa.Engine:
     """Connections to ``SQLALCHEMY_DATABASE_URI``, or to a file of our own.
 
     For applications without Flask-SQLAlchemy; nothing is registered with them.
+
+    :param sql_timeout: longest wait for a lock or a connection, in seconds.
+    :param connections: how many at most.
     """
     uri = app.config.get("SQLALCHEMY_DATABASE_URI")
-    terms = settings.sql_timeout, settings.sql_concurrency
+    terms = sql_timeout, connections
     if uri:
         url = sa.make_url(uri)
         if url.get_backend_name() == "sqlite" and url.database not in (None, ""):

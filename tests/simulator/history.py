@@ -78,10 +78,12 @@ class _Register:
 class Use(NamedTuple):
     """An acknowledged request.
 
+    :ivar end: step at which it was acknowledged.
     :ivar start_ms: true time at which it began.
     :ivar synced_ms: what was acknowledged by then is in SQL; 0 where SQL was in doubt.
     """
 
+    end: int
     start_ms: int
     synced_ms: int
 
@@ -223,7 +225,7 @@ class History:
         # by as much as that request took.
         wait_ms = self.skew_ms + self.longest_ms
         synced_ms = 0 if sync_ms is None else start_ms - sync_ms - wait_ms
-        session.line.uses.append(Use(start_ms, synced_ms))
+        session.line.uses.append(Use(self.world.step, start_ms, synced_ms))
 
     def memory_lost(self) -> None:
         """All nodes are empty: what SQL need not have is not promised any more."""
@@ -339,6 +341,7 @@ class History:
                 after
                 and not reader.may_miss(other.end)
                 and not reader.was_blind(write.end)
+                and not reader.was_blind(other.end)
             ):
                 return Violation(
                     "G1",
@@ -424,6 +427,10 @@ class History:
         if live and key in self._rows:
             raise Violation("G5", f"a second row appears for {key[:6]}")
         self._rows.setdefault(key, self.world.step)
+
+    def row_is_forgotten(self, key: str) -> None:
+        """SQL has lost a row, which may be inserted once more."""
+        self._rows.pop(key, None)
 
     def row_step(self, key: str) -> int:
         """The step at which a session got its row."""

@@ -283,7 +283,7 @@ class Run(Site):
     def _reader(self, worker: Worker, session: Session) -> Reader:
         """What a request that begins now may miss."""
         world, key = self.world, session.key
-        wall_ms, faults = world.now_ms, worker.faults(key)
+        start, wall_ms, faults = world.step, world.now_ms, worker.faults(key)
         # In use it meets SQL at its next sync; after a rest it asks first.
         sync_ms = self.plan.longest_slack_ms
         sync_ms = 2 * (sync_ms + self.history.skew_ms) + IN_FLIGHT_MS
@@ -301,8 +301,10 @@ class Run(Site):
             return worker.missed_all(key, faults)
 
         def in_memory_only(moment: Moment) -> bool:
-            uses = session.line.uses
-            return all(use.synced_ms < moment.wall_ms for use in uses)
+            return all(
+                use.synced_ms < moment.wall_ms or use.end >= start
+                for use in session.line.uses
+            )
 
         def told_to_sql(moment: Moment) -> bool:
             return moment.blind and not_synced(moment)
@@ -529,7 +531,9 @@ class Run(Site):
         live = [copy for copy in copies if isinstance(copy, Record)]
         if session.ended < NEVER and live and not session.untold:
             raise Violation("G4", f"{session.name} was ended and a home holds it")
-        if "gone" in shown and not self.history.skew_ms and len(shown) > 1:
+        # One that died in the middle of a move has told SQL only.
+        judged = session.end_asked == NEVER or session.ended < NEVER
+        if "gone" in shown and judged and not self.history.skew_ms and len(shown) > 1:
             raise Violation("G8", f"{session.name} is gone for some workers only")
         if shown == {"live"} and not (self._at_rest(live)):
             raise Violation("G2", f"the homes of {session.name} do not agree at rest")

@@ -134,6 +134,8 @@ class Site(ABC):
             if what == "sql forget":
                 keys = [key for key in database.rows if self.world.rng.random() < 0.8]
                 database.forget(keys)
+                for key in keys:
+                    self.history.row_is_forgotten(key)
                 for session in self.history.sessions:
                     session.row_away |= session.key in keys
             else:
