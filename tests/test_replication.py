@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -37,13 +38,16 @@ from flask_resilient_session.core.answers import (
     Token,
 )
 from flask_resilient_session.core.reading import (
+    AskSql,
     Gone,
     InsertFirst,
     Live,
+    ReadAgain,
     Standing,
     Unknown,
     confirmed,
     judge_copies,
+    judge_read,
     judge_row,
 )
 from flask_resilient_session.core.record import Tombstone, same_state
@@ -176,6 +180,55 @@ def test_a_move_at_work_buries_its_old_copies_itself() -> None:
         verdict = judge_row(replies("same", "miss"), row, TIMING, NOW)
         assert isinstance(verdict, Gone)
         assert verdict.propagate_to == propagate_to
+
+
+RESTED = replace(SAME, synced_ms=NOW - 2 * TIMING.sync_ms - 60 * SECOND)
+AGAIN, ASK = ReadAgain(), AskSql()
+READS = [
+    # (first home, second home, a conflict in SQL, may read again, verdict)
+    ("dead", "dead", False, True, Gone),
+    ("dead", "same", False, True, Gone),
+    ("dead", "unreachable", True, True, Gone),
+    ("same", "same", False, True, Live),
+    ("same", "same", False, False, Live),
+    ("same", "same", True, True, "agreed"),
+    ("rested", "rested", False, True, "otherwise"),
+    ("rested", "rested", True, True, "agreed"),
+    ("same", "other", False, True, AGAIN),
+    ("same", "other", False, False, ASK),
+    ("same", "other", True, True, ASK),
+    ("same", "miss", False, True, ASK),
+    ("same", "unreachable", False, True, ASK),
+    ("same", "corrupt", False, True, ASK),
+    ("same", "unverified", False, True, ASK),
+    ("same", "elsewhere", False, True, ASK),
+    ("expired", "expired", False, True, AGAIN),
+    ("expired", "expired", False, False, ASK),
+    ("miss", "miss", False, True, ASK),
+    ("unreachable", "unreachable", False, True, ASK),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "conflict", "again", "verdict"), READS)
+def test_what_a_read_amounts_to(
+    first: str, second: str, conflict: bool, again: bool, verdict: Any
+) -> None:
+    """A tombstone, an agreed pair, once more, SQL: the first that applies counts."""
+    found = replies(*(["same"] * 2 if first == "rested" else [first, second]))
+    if first == "rested":
+        found = {name: replace(hit, copy=RESTED) for name, hit in found.items()}  # type: ignore[type-var]
+    for swapped in (found, dict(reversed(found.items()))):
+        judged = judge_read(
+            swapped, TIMING, NOW, ask_sql=conflict, may_read_again=again
+        )
+        if isinstance(verdict, type):
+            assert isinstance(judged, verdict)
+        elif isinstance(verdict, str):
+            assert isinstance(judged, AskSql)
+            assert isinstance(judged.agreed, Live)
+            assert (judged.otherwise is not None) == (verdict == "otherwise")
+        else:
+            assert judged == verdict
 
 
 def test_of_two_tombstones_the_final_one_counts() -> None:

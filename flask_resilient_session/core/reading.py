@@ -1,4 +1,4 @@
-"""Every decision of the protocol, as functions from answers to one whole verdict.
+"""Who is alive: decisions on what was read, from answers to one whole verdict.
 
 Two homes and SQL hold a session. What two live copies agree on needs no SQL; anything
 else does, since a copy alone may be old, and a miss alone may be a restart. Nothing
@@ -26,7 +26,7 @@ from .answers import (
     Token,
     Unreachable,
 )
-from .lifetimes import Timing, expires_ms
+from .lifetimes import Timing, expires_ms, overdue
 from .record import (
     EndReason,
     Record,
@@ -99,7 +99,52 @@ class InsertFirst:
     record: Record
 
 
+@dataclass(frozen=True, slots=True)
+class ReadAgain:
+    """The homes were perhaps read between another request's two writes."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskSql:
+    """The homes do not settle it, or must not by themselves.
+
+    :ivar agreed: what the homes agree on all the same.
+    :ivar otherwise: what counts where SQL is silent.
+    """
+
+    agreed: Live | None = None
+    otherwise: Live | None = None
+
+
 # --- reading ---------------------------------------------------------------------
+
+
+def judge_read(
+    replies: Mapping[str, Reply],
+    timing: Timing,
+    now_ms: int,
+    *,
+    ask_sql: bool = False,
+    may_read_again: bool = True,
+) -> Live | Gone | ReadAgain | AskSql:
+    """What one read of the homes amounts to; the first line that applies counts.
+
+    :param replies: home -> reply, for all of the session's homes.
+    :param ask_sql: SQL had a conflict, so that the homes' word is not enough.
+    :param may_read_again: there is time for it, and it was not done yet.
+    """
+    settled = judge_copies(replies, timing, now_ms)
+    if isinstance(settled, Gone):
+        return settled
+    if settled is not None and ask_sql:
+        return AskSql(agreed=settled)
+    if settled is not None and overdue(settled.record, timing, now_ms):
+        return AskSql(agreed=settled, otherwise=settled)
+    if settled is not None:
+        return settled
+    if may_read_again and not ask_sql and torn(replies):
+        return ReadAgain()
+    return AskSql()
 
 
 def judge_copies(

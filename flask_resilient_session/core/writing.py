@@ -65,6 +65,14 @@ def sql_need(
     return SqlNeed.DUE if due else SqlNeed.NONE
 
 
+def must_be_read(live: Live, homes: Sequence[str]) -> bool:
+    """Whether what stands in the homes was never read: it was just created or moved.
+
+    :param homes: the homes that the session has by configuration.
+    """
+    return live.standing is Standing.AGREED and len(live.writable) < len(homes)
+
+
 class Outcome(enum.Enum):
     """What the homes' answers to a write amount to."""
 
@@ -92,6 +100,18 @@ def judge_acks(
     if len(homes) >= PAIR and all_stored(acks, homes):
         return Outcome.ACKNOWLEDGED
     return Outcome.SQL_NOW
+
+
+def is_ended(
+    acks: Mapping[str, Ack], *, homes: Sequence[str], names: Iterable[str], in_sql: bool
+) -> bool:
+    """Whether an end may be acknowledged: SQL has it, or every home took it.
+
+    :param acks: answers of the nodes to the tombstone.
+    :param homes: the homes that the session has by configuration.
+    :param names: all nodes that were told.
+    """
+    return in_sql or (len(homes) >= PAIR and all_stored(acks, names))
 
 
 def all_stored(acks: Mapping[str, Ack], names: Iterable[str]) -> bool:

@@ -10,8 +10,7 @@ from ..common.events import session_revoked, short
 from ..core.answers import Ack
 from ..core.reading import Live
 from ..core.record import Tombstone
-from ..core.ring import PAIR
-from ..core.writing import all_stored
+from ..core.writing import is_ended
 from .context import SessionContext
 from .steps import Steps
 
@@ -56,7 +55,7 @@ class Ender:
             acks = self._homes.put_tombstones(
                 context, replace(tombstone, debt=True), names
             )
-            if len(homes) < PAIR or not all_stored(acks, names):
+            if not is_ended(acks, homes=homes, names=names, in_sql=False):
                 raise self._steps.not_kept(context, error) from error
             self._rows.owe(context, tombstone, record)
         else:

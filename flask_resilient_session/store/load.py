@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -10,18 +10,18 @@ from ..common.clock import Clock
 from ..common.errors import SqlUnavailable
 from ..common.events import Observer, logger, session_recovered, short
 from ..core.answers import Corrupt, Reply, RowAnswer, RowMissing, SqlSilent
-from ..core.lifetimes import overdue
 from ..core.reading import (
+    AskSql,
     Gone,
     InsertFirst,
     Live,
+    ReadAgain,
     Standing,
     Unknown,
     confirmed,
-    judge_copies,
+    judge_read,
     judge_row,
     live_copies,
-    torn,
 )
 from ..core.record import Record
 from .context import SessionContext
@@ -55,62 +55,62 @@ class Loader:
 
         :param ask_sql: ask SQL even where the homes agree.
         """
-        replies = self._homes.read(context)
-        verdict = judge_copies(replies, context.timing, self._clock.now_ms())
-        if (
-            verdict is None
-            and not ask_sql
-            and torn(replies)
-            and not context.patience.is_over
-        ):
-            replies = self._homes.read(context)
-            verdict = judge_copies(replies, context.timing, self._clock.now_ms())
+        replies, verdict = self._read_homes(context, ask_sql)
         self._count_corrupt(replies)
-        if verdict is None:
-            self._notice_other_homes(context, replies)
+        if isinstance(verdict, AskSql):
+            return self._ask_sql(context, replies, verdict)
         if isinstance(verdict, Gone):
             return self._propagate(context, verdict)
-        if verdict is None:
-            return self._widen(context, replies)
-        if ask_sql:
-            found = self._widen(context, replies)
-            if isinstance(found, Gone) and found.reason == "missing":
-                self._doubt(context, verdict)
-            return found
-        if overdue(verdict.record, context.timing, self._clock.now_ms()):
-            return self._widen(context, replies, otherwise=verdict)
         self._observer.count("loaded_from_memory")
         return verdict
+
+    def _read_homes(
+        self, context: SessionContext, ask_sql: bool
+    ) -> tuple[dict[str, Reply], Live | Gone | AskSql]:
+        """What the homes hold, read at most twice, and what it amounts to."""
+        may_read_again = True
+        while True:
+            replies = self._homes.read(context)
+            verdict = judge_read(
+                replies,
+                context.timing,
+                self._clock.now_ms(),
+                ask_sql=ask_sql,
+                may_read_again=may_read_again and not context.patience.is_over,
+            )
+            if not isinstance(verdict, ReadAgain):
+                return replies, verdict
+            may_read_again = False
+
+    def _ask_sql(
+        self, context: SessionContext, replies: Mapping[str, Reply], verdict: AskSql
+    ) -> Live | Gone | Unknown:
+        """What SQL says of what the homes did not settle."""
+        if verdict.agreed is None:
+            self._notice_other_homes(context, replies)
+        row = self._rows.read(context)
+        if verdict.otherwise is not None and isinstance(row, SqlSilent):
+            self._observer.count("loaded_from_memory")
+            return verdict.otherwise
+        found = self._judge_row(context, replies, row)
+        missing = isinstance(found, Gone) and found.reason == "missing"
+        if verdict.agreed is not None and verdict.otherwise is None and missing:
+            self._doubt(context, verdict.agreed)
+        return found
 
     def _doubt(self, context: SessionContext, agreed: Live) -> None:
         """Let SQL be asked before this pair is believed again.
 
         SQL does not know the session, and the pair would go on to serve it until its
-        next sync. Nothing is buried: the row may come back.
+        next sync. No tombstone is put: the row may come back.
         """
         record = replace(agreed.record, synced_ms=0)
         self._homes.write(context, record, agreed.writable, self._clock.now_ms())
 
-    def read_copies(
-        self, context: SessionContext, names: Sequence[str]
-    ) -> dict[str, Reply]:
-        """What these nodes hold for a session; changes nothing."""
-        return self._homes.read(context, names)
-
-    def _widen(
-        self,
-        context: SessionContext,
-        replies: Mapping[str, Reply],
-        otherwise: Live | None = None,
+    def _judge_row(
+        self, context: SessionContext, replies: Mapping[str, Reply], row: RowAnswer
     ) -> Live | Gone | Unknown:
-        """Ask SQL what the nodes did not settle.
-
-        :param otherwise: what they did settle, for when SQL does not answer.
-        """
-        row = self._rows.read(context)
-        if otherwise is not None and isinstance(row, SqlSilent):
-            self._observer.count("loaded_from_memory")
-            return otherwise
+        """What homes and row say together, and what has to be done about it."""
         verdict = judge_row(replies, row, context.timing, self._clock.now_ms())
         if isinstance(verdict, InsertFirst):
             verdict = self._insert_first(context, replies, verdict.record)

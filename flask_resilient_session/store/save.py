@@ -13,7 +13,7 @@ from ..core.lifetimes import touch_due
 from ..core.reading import Gone, Live, Standing, Unknown
 from ..core.record import Record, drop_markers
 from ..core.ring import PAIR
-from ..core.writing import Outcome, SqlNeed, judge_acks, sql_need
+from ..core.writing import Outcome, SqlNeed, judge_acks, must_be_read, sql_need
 from .context import SessionContext
 from .load import Loader
 from .steps import MAX_ATTEMPTS, NOBODY, TOO_MANY, Changes, Steps
@@ -148,8 +148,7 @@ class Saver:
     ) -> Live:
         now_ms = self._clock.now_ms()
         homes = self._homes.names(context)
-        if live.standing is Standing.AGREED and len(live.writable) < len(homes):
-            # Just created or moved: what stands in its homes was never read.
+        if must_be_read(live, homes):
             raise _Conflict(ask_sql=False)
         need = sql_need(
             live,

@@ -23,7 +23,7 @@ from ..store.steps import Changes
 from ..store.store import Store
 from .cookie import delete_cookie, doubtful_settings, set_cookie
 from .keys import Keys
-from .request import Household, RequestVisit
+from .request import AppParts, RequestVisit
 from .session import LazySession, Session, new_sid
 
 #: A request that arrives with an id that was moved this short a time ago was sent
@@ -68,7 +68,7 @@ class ResilientSessionInterface(SessionInterface):
         self.keys = keys
         self.clock = clock
         self.observer = observer
-        self._house = Household(settings, store, keys, clock, observer, self)
+        self._parts = AppParts(settings, store, keys, clock, observer, self)
         self._checked = False
 
     # --- Flask's side ------------------------------------------------------------
@@ -80,7 +80,7 @@ class ResilientSessionInterface(SessionInterface):
             self._warn(app)
         if not app.secret_key:
             return None
-        visit = RequestVisit(self._house, app, request)
+        visit = RequestVisit(self._parts, app, request)
         if has_request_context():
             after_this_request(visit.note_response)
         return LazySession(visit)

@@ -22,8 +22,8 @@ from .session import Session
 
 
 @dataclass(frozen=True, slots=True)
-class Household:
-    """What all visits to one application's sessions share."""
+class AppParts:
+    """What all requests of one application share."""
 
     settings: Settings
     store: Store
@@ -41,8 +41,8 @@ class RequestVisit:
     :ivar found: what loading found; None while the cookie is missing or forged.
     """
 
-    def __init__(self, house: Household, app: Flask, request: Request) -> None:
-        self._house = house
+    def __init__(self, parts: AppParts, app: Flask, request: Request) -> None:
+        self._parts = parts
         self._app = app
         self._request = request
         self._saving: Patience | None = None
@@ -55,15 +55,15 @@ class RequestVisit:
 
     def load(self, session: Session) -> None:
         """See :class:`flask_resilient_session.session.Visit`."""
-        house, app = self._house, self._app
-        value = read_cookie(house.interface, app, self._request)
+        parts, app = self._parts, self._app
+        value = read_cookie(parts.interface, app, self._request)
         self.cookie_came = bool(value)
-        self.sid = sid = house.keys.of(app).signer.unsign(value)
+        self.sid = sid = parts.keys.of(app).signer.unsign(value)
         if sid is None:
             session.fill(None, {})
             return
-        self.context = context = house.keys.context(app, sid, self._new_patience())
-        self.found = house.store.load(context)
+        self.context = context = parts.keys.context(app, sid, self._new_patience())
+        self.found = parts.store.load(context)
         if isinstance(self.found, Live):
             try:
                 session.fill(sid, self.found.record.payload())
@@ -77,7 +77,7 @@ class RequestVisit:
             session.fill(None, {})
             return
         session.become_unavailable(sid)
-        if house.settings.on_unavailable == "error" and not self._too_late():
+        if parts.settings.on_unavailable == "error" and not self._too_late():
             raise self._unavailable()
 
     def session_key(self) -> str:
@@ -88,7 +88,7 @@ class RequestVisit:
         """See :class:`flask_resilient_session.session.Visit`."""
         if not self._too_late():
             raise self._unavailable()
-        self._house.observer.count("dropped_changes")
+        self._parts.observer.count("dropped_changes")
         logger.warning("A change of an unavailable session was dropped.")
 
     def note_response(self, response: Response) -> Response:
@@ -103,7 +103,7 @@ class RequestVisit:
 
     def context_to(self, sid: str) -> SessionContext:
         """Access to another id, on the terms of saving."""
-        return self._house.keys.context(self._app, sid, self._saving_patience())
+        return self._parts.keys.context(self._app, sid, self._saving_patience())
 
     def _saving_patience(self) -> Patience:
         """One for all that is saved in this request."""
@@ -112,7 +112,7 @@ class RequestVisit:
         return self._saving
 
     def _new_patience(self) -> Patience:
-        return Patience(self._house.clock, self._house.settings.patience)
+        return Patience(self._parts.clock, self._parts.settings.patience)
 
     def _too_late(self) -> bool:
         return self.has_response or self.saved or _in_error_handler()

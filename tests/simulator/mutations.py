@@ -195,7 +195,7 @@ def floor_after_changes(patch: Patch) -> None:
 @_mutation("node")
 def lone_copy_trusted(patch: Patch) -> None:
     """One copy is served without asking SQL."""
-    real = loading.judge_copies
+    real = reading.judge_copies
 
     def judge_copies(replies: Any, timing: Any, now_ms: int) -> Live | Gone | None:
         verdict = real(replies, timing, now_ms)
@@ -205,7 +205,7 @@ def lone_copy_trusted(patch: Patch) -> None:
         writable = reading.writable_of(replies)
         return Live(hits[0].copy, Standing.AGREED, writable)
 
-    patch(loading, "judge_copies", judge_copies)
+    patch(reading, "judge_copies", judge_copies)
 
 
 @_mutation("node")
@@ -229,7 +229,7 @@ def missing_rows_not_doubted(patch: Patch) -> None:
 @_mutation("silent")
 def never_overdue(patch: Patch) -> None:
     """A pair is believed however long it has not heard of SQL."""
-    patch(loading, "overdue", lambda *_: False)
+    patch(reading, "overdue", lambda *_: False)
 
 
 @_mutation("memory")
@@ -244,12 +244,12 @@ def floor_forgotten(patch: Patch) -> None:
 @_mutation("silent")
 def visitors_never_overdue(patch: Patch) -> None:
     """A pair that was never synced is believed however long it has rested."""
-    real = loading.overdue
+    real = reading.overdue
 
     def overdue(record: Record, timing: Any, now_ms: int) -> bool:
         return not record.never_synced and real(record, timing, now_ms)
 
-    patch(loading, "overdue", overdue)
+    patch(reading, "overdue", overdue)
 
 
 @_mutation("node")
