@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flask_sqlalchemy import SQLAlchemy
@@ -189,10 +191,29 @@ def test_requests_reap_now_and_then(
     assert site.rows() == {}
 
 
+def test_reaping_after_a_response_holds_no_worker(
+    sites: Sites, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A statement of it takes as long as a request may wait, not as a command may."""
+    site = sites(RESILIENT_SESSION_REAP_PROBABILITY=1.0)
+    settings, allowed = site.state.settings, []
+    real = site.state.sql.page_expired
+
+    def page_expired(*args: Any) -> Any:
+        allowed.append(args[-1] - time.monotonic())
+        return real(*args)
+
+    monkeypatch.setattr(site.state.sql, "page_expired", page_expired)
+    with site.app.test_client().get("/plain"):
+        pass
+    waits = settings.node_timeout + settings.sql_timeout
+    assert [0 < seconds <= waits for seconds in allowed] == [True]
+
+
 def test_reap_is_a_method_too(sites: Sites) -> None:
     """sessions.reap() does one pass over the current application's table."""
     site: Site = sites()
     with site.app.app_context():
         report = site.sessions.reap(limit=5)
         assert site.sessions.stats["created"] == 0
-    assert (report.examined, report.failed, report.refused) == (0, None, None)
+    assert (report.examined, report.failed, report.aborted) == (0, None, None)

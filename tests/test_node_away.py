@@ -362,7 +362,7 @@ def test_no_row_is_reaped_of_a_session_that_can_still_be_used(
         assert user.sees() == {"_user_id": "7"}
         lab.pass_time(lifetime - 0.5)
         report = lab.worker.reap()
-        assert (report.refused, report.reaped, report.unchecked) == (None, 0, 0)
+        assert (report.aborted, report.reaped, report.unchecked) == (None, 0, 0)
         for server in lab.servers.values():
             server.restart()
         lab.settle()
