@@ -25,7 +25,7 @@ from flask_resilient_session.core.reading import Gone, Live
 from flask_resilient_session.core.record import Entry, Record, Tombstone
 from flask_resilient_session.core.ring import Ring, RingNode
 from flask_resilient_session.core.values import decode, encode_value
-from flask_resilient_session.memcached.cluster import Cluster, NodeLike
+from flask_resilient_session.memcached.cluster import Cluster
 from flask_resilient_session.memcached.node import Node
 from flask_resilient_session.memcached.text_protocol import Get, Parsed, Request, Value
 from flask_resilient_session.sql.calls import SqlCalls
@@ -192,7 +192,7 @@ def usual_breaker() -> Breaker:
     return Breaker(first_pause=600.0, longest_pause=600.0, tolerated_timeouts=3)
 
 
-def make_cluster(nodes: dict[str, NodeLike], **changes: Any) -> Cluster:
+def make_cluster(nodes: dict[str, Node], **changes: Any) -> Cluster:
     """A cluster of these nodes."""
     usual: dict[str, Any] = {
         "new_breaker": patient_breaker,
@@ -386,7 +386,7 @@ def make_site(servers: Sequence[Memcached], path: Path, **changes: Any) -> Site:
     node_timeout = changes.pop("node_timeout", 2.0)
     observer = Observer(None)
     dice = random.Random(7)
-    nodes: dict[str, NodeLike] = {
+    nodes: dict[str, Node] = {
         f"node{index}": real_node(server, f"node{index}")
         for index, server in enumerate(servers)
     }

@@ -24,7 +24,7 @@ from flask_resilient_session.common.breaker import Breaker
 from flask_resilient_session.common.events import node_down, node_up
 from flask_resilient_session.core.answers import Ack, Hit, Miss, Reply, Unreachable
 from flask_resilient_session.memcached import cluster as cluster_module
-from flask_resilient_session.memcached.node import ToSend, _Connection
+from flask_resilient_session.memcached.node import Exchange, _Connection
 from misbehaving import FakeServer, answering, black_hole, hang
 from pairs import KEY, SEALED, STORED_KEY, pair_of, read, real_pair
 from servers import Memcached, wait_until
@@ -201,7 +201,7 @@ def test_a_node_that_answered_is_well_however_late_that_is_noticed(
     nodes[0].raw_set(STORED_KEY, SEALED)
     finish = cluster_module.send_all
 
-    def late(exchanges: Iterable[ToSend]) -> None:
+    def late(exchanges: Iterable[Exchange]) -> None:
         finish(exchanges)
         time.sleep(0.1)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from ..common.clock import Clock
 from ..common.errors import SqlUnavailable
@@ -31,6 +31,7 @@ from ..core.reaping import (
     written_ahead,
 )
 from ..core.values import decode
+from ..sql.statements import SqlTable
 from ..sql.table import Row
 from ..store.context import SessionContext
 from ..store.row import RowRepository
@@ -121,30 +122,12 @@ class _Dead(NamedTuple):
     data: dict[str, Any] | None
 
 
-class ReapSql(Protocol):
-    """The statements of :class:`flask_resilient_session.sql.SqlTable` used here."""
-
-    def page_expired(
-        self, before_ms: int, after: tuple[int, str], limit: int, deadline: float
-    ) -> list[Row]:
-        """Rows past their time."""
-
-    def delete(self, rows: Sequence[Row], deadline: float) -> list[bool]:
-        """Delete unchanged rows."""
-
-    def count_expired(self, before_ms: int, deadline: float) -> int:
-        """Rows past their time."""
-
-    def clock_ms(self, deadline: float) -> int | None:
-        """The database's clock."""
-
-
 class Reaper:
     """Runs passes over one application's table."""
 
     def __init__(
         self,
-        sql: ReapSql,
+        sql: SqlTable,
         store: Store,
         *,
         keyring: Keyring,

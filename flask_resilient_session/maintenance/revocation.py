@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Final, Protocol
+from typing import Final
 
 from ..common.clock import Clock
 from ..common.errors import SessionUnavailable, SqlUnavailable
@@ -18,6 +18,7 @@ from ..common.events import logger, short
 from ..common.patience import Patience
 from ..core.envelope import Keyring
 from ..core.lifetimes import Timing
+from ..sql.statements import SqlTable
 from ..sql.table import Row
 from ..store.context import SessionContext
 from ..store.row import user_id_column
@@ -70,21 +71,12 @@ class RevokeReport:
     failed: str | None = None
 
 
-class RevokeSql(Protocol):
-    """The statement of :class:`flask_resilient_session.sql.SqlTable` used here."""
-
-    def page_live(
-        self, user_id: str | None, after: str, limit: int, deadline: float
-    ) -> list[Row]:
-        """Live rows of a user, or of everybody."""
-
-
 class Revoker:
     """Lists and ends sessions of one application's table."""
 
     def __init__(
         self,
-        sql: RevokeSql,
+        sql: SqlTable,
         store: Store,
         *,
         keyring: Keyring,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random as random_module
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 from ..common.breaker import Breaker
 from ..common.clock import Clock
@@ -17,37 +16,8 @@ from ..common.events import Observer, logger, node_down, node_up
 from ..common.patience import Patience
 from ..core.answers import Ack, Corrupt, Hit, Miss, Reply, Token, Unreachable
 from ..core.envelope import ENVELOPE_ALLOWANCE, CorruptBytes, Keyring, UnknownFormat
-from .node import NodeFault, ToSend, send_all
+from .node import Exchange, Node, NodeFault, send_all
 from .text_protocol import Absent, Add, Cas, Delete, Get, Parsed, Request, Set
-
-
-class ExchangeLike(ToSend, Protocol):
-    """See :class:`flask_resilient_session.node.Exchange`."""
-
-    read_at: int
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether no connection can carry its request."""
-
-    def give_up(self) -> None:
-        """Leave the request unsent: a conflict."""
-
-    def receive(self) -> Parsed:
-        """The reply."""
-
-    def abandon(self) -> None:
-        """Close without reading."""
-
-
-class NodeLike(Protocol):
-    """See :class:`flask_resilient_session.node.Node`."""
-
-    def send(self, request: Request, deadline: float) -> ExchangeLike:
-        """Begin an exchange."""
-
-    def drop_idle(self) -> None:
-        """Close what is not in use."""
 
 
 class Cluster:
@@ -63,7 +33,7 @@ class Cluster:
 
     def __init__(
         self,
-        nodes: Mapping[str, NodeLike],
+        nodes: Mapping[str, Node],
         *,
         new_breaker: Callable[[], Breaker],
         node_timeout: float,
@@ -186,7 +156,7 @@ class Cluster:
         results: list[tuple[Parsed | Unreachable, int]] = [
             (Unreachable("skipped after it has failed"), 0)
         ] * len(requests)
-        under_way: dict[int, ExchangeLike] = {}
+        under_way: dict[int, Exchange] = {}
         try:
             with patience.waiting(self._node_timeout):
                 for index, (name, request) in enumerate(requests):
@@ -217,7 +187,7 @@ class Cluster:
         return self._clock.monotonic() + self._node_timeout
 
     def _receive(
-        self, name: str, exchange: ExchangeLike, patience: Patience
+        self, name: str, exchange: Exchange, patience: Patience
     ) -> tuple[Parsed | Unreachable, int]:
         breaker = self._breakers[name]
         try:
@@ -252,7 +222,7 @@ class Cluster:
             )
             self._observer.send(node_down, node=name, reason=str(fault))
 
-    def _admitted(self, name: str) -> NodeLike | None:
+    def _admitted(self, name: str) -> Node | None:
         if self._breakers[name].admits(self._clock.monotonic()):
             return self._nodes[name]
         return None

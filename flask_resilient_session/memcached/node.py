@@ -24,7 +24,7 @@ import socket
 import threading
 from bisect import bisect_left, insort
 from collections.abc import Iterable
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import memcache
 
@@ -161,24 +161,6 @@ class _Connection:
         # An application that is dropped, as in a test, closes what it had open.
         if hasattr(self, "socket"):
             self.close()
-
-
-class ToSend(Protocol):
-    """What :func:`send_all` asks of an exchange."""
-
-    @property
-    def unsent(self) -> bool:
-        """Whether its request could not be sent yet."""
-
-    @property
-    def seconds_left(self) -> float:
-        """How long it may take."""
-
-    def fileno(self) -> int:
-        """The number of its socket."""
-
-    def go_on(self) -> bool:
-        """Send the request if it is connected by now; whether that is settled."""
 
 
 class Exchange:
@@ -343,7 +325,7 @@ class Exchange:
             self._connection = self._node.connect()
 
 
-def send_all(exchanges: Iterable[ToSend]) -> None:
+def send_all(exchanges: Iterable[Exchange]) -> None:
     """Send all requests, each as soon as it is connected; that goes on at once.
 
     Those that are sent are left alone. A fault is kept for ``receive``.

@@ -12,7 +12,7 @@ import random as random_module
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 from ..common.breaker import Breaker
 from ..common.clock import Clock
@@ -32,6 +32,7 @@ from ..core.lifetimes import row_expires_ms, synced_at, tombstone_expires_ms
 from ..core.record import EndReason, Record, Tombstone
 from ..core.values import decode_value
 from ..sql.gate import Gate
+from ..sql.statements import SqlTable
 from ..sql.table import USER_ID_LENGTH, Row
 from .context import SessionContext
 
@@ -50,27 +51,6 @@ _NEVER: Final = float("inf")
 _MOST_DEBTS: Final = 1000
 
 
-class SqlLike(Protocol):
-    """The statements that :class:`flask_resilient_session.sql.SqlTable` has."""
-
-    def read(self, session_key: str, deadline: float) -> Row | None:
-        """The row."""
-
-    def insert(self, row: Row, deadline: float) -> bool:
-        """Insert unless one stands there."""
-
-    def update(self, row: Row, seen_version: int, deadline: float) -> bool:
-        """Replace a live row of this version."""
-
-    def put_tombstone(self, tombstone: Row, deadline: float, *, has_row: bool) -> bool:
-        """Put a tombstone."""
-
-    def move(
-        self, tombstone: Row, new: Row, deadline: float, *, seen_version: int | None
-    ) -> bool:
-        """Bury one row and insert another."""
-
-
 class RowRepository:
     """Reads and writes the rows of sessions.
 
@@ -80,7 +60,7 @@ class RowRepository:
 
     def __init__(
         self,
-        sql: SqlLike,
+        sql: SqlTable,
         *,
         breaker: Breaker,
         gate: Gate,
