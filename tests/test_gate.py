@@ -161,9 +161,9 @@ _GREENLETS = """
 import gevent.monkey
 gevent.monkey.patch_all()
 import gevent
-from flask_resilient_session.clock import SystemClock
-from flask_resilient_session.errors import SqlBusy
-from flask_resilient_session.gate import Gate
+from flask_resilient_session.common.clock import SystemClock
+from flask_resilient_session.common.errors import SqlBusy
+from flask_resilient_session.sql.gate import Gate
 
 gate, order, most = Gate(2, SystemClock()), [], 0
 def go(name, writes, seconds=20):

@@ -526,13 +526,13 @@ import gevent.monkey
 gevent.monkey.patch_all()
 import gevent, sys, time
 import sqlalchemy as sa
-from flask_resilient_session.calls import Calls
-from flask_resilient_session.clock import SystemClock
-from flask_resilient_session.errors import SqlUnavailable
-from flask_resilient_session.gate import Gate
-from flask_resilient_session.connections import plain_engine
-from flask_resilient_session.table import define_table
-from flask_resilient_session.sql import SqlTable
+from flask_resilient_session.sql.calls import SqlCalls
+from flask_resilient_session.common.clock import SystemClock
+from flask_resilient_session.common.errors import SqlUnavailable
+from flask_resilient_session.sql.gate import Gate
+from flask_resilient_session.sql.connections import plain_engine
+from flask_resilient_session.sql.table import define_table
+from flask_resilient_session.sql.statements import SqlTable
 
 url, name = sa.make_url(sys.argv[1]), sys.argv[2]
 if sys.argv[3] == "cooperative":
@@ -545,7 +545,7 @@ if sys.argv[3] == "cooperative":
             else:
                 gevent.socket.wait_write(connection.fileno())
     psycopg2.extensions.set_wait_callback(wait)
-table = SqlTable(Calls(
+table = SqlTable(SqlCalls(
     define_table(sa.MetaData(), name, None),
     lambda: plain_engine(url, 5.0, 8),
     create_table=True, sql_timeout=5.0,
