@@ -4,6 +4,9 @@
 PYTHON ?= python3
 # For pytest: make test ARGS="-x -k ring"
 ARGS ?=
+# Processes that share the tests. Many of them wait, so one more than processors.
+WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+SPREAD := -n $(WORKERS) --dist loadgroup
 # Seconds of make soak on each database, and schedules in each class of the simulator.
 SOAK ?= 120
 SCHEDULES ?= 2000
@@ -26,7 +29,7 @@ help:
 	@echo "make clean   remove the virtual environment and everything generated"
 
 test: lint memcached postgresql mariadb
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
 
 soak: $(STAMP) memcached postgresql mariadb
 	cd tests && ../$(BIN)/python -m soak --seconds $(SOAK)

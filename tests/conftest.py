@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,24 +10,47 @@ import pytest
 from apps import Sites, TimeMachine
 from builders import close_nodes
 from database_servers import DatabaseServer, MariaDB, PostgreSQL, only_session
+from grouping import (
+    ALONE,
+    HEAVY,
+    LONG,
+    SERVERS,
+    elbow_room,
+    mark_by_servers,
+    permit_servers,
+)
 from lab_databases import NAMES, LabDatabase, lent_database
 from selection import EACH_VALUE, without_needless_combinations
 from servers import Memcached, MemcachedPool, ServerMissing, find_program
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make our own marker known."""
-    config.addinivalue_line("markers", EACH_VALUE)
+    """Make our own markers known."""
+    for marker in (EACH_VALUE, SERVERS, LONG, HEAVY, ALONE):
+        config.addinivalue_line("markers", marker)
 
 
 def pytest_collection_modifyitems(
     config: pytest.Config, items: list[pytest.Item]
 ) -> None:
-    """Leave out what would take long and say nothing new."""
+    """Leave out what would take long and say nothing new; mark what needs servers."""
     needed = without_needless_combinations(items)
     left_out = set(items).difference(needed)
     config.hook.pytest_deselected(items=[item for item in items if item in left_out])
     items[:] = needed
+    mark_by_servers(items)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Keep a test alone that has to be, before its time begins to count."""
+    with elbow_room(item):
+        return (yield)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test that needs no server starts none."""
+    permit_servers(item)
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,14 @@ from flask_resilient_session.sql.calls import SqlCalls
 from flask_resilient_session.sql.connections import own_engine, plain_engine
 from flask_resilient_session.sql.statements import SqlTable
 from flask_resilient_session.sql.table import define_table
-from servers import ServerError, ServerMissing, find_program, free_port, wait_until
+from servers import (
+    ServerError,
+    ServerMissing,
+    check_permission,
+    find_program,
+    free_port,
+    wait_until,
+)
 
 #: Seconds for a server to start, recovery from a kill included, or to end.
 DEADLINE = 30.0
@@ -102,6 +109,9 @@ class DatabaseServer(ABC):
     #: Arguments of the driver that make connecting cheaper.
     _quicker: ClassVar[dict[str, str]] = {}
 
+    #: The driver's arguments for deadlines: pytest's cannot end a wait in C.
+    _deadlines: ClassVar[dict[str, Any]]
+
     def __init__(self) -> None:
         self.check_installed()
         self._user = _unprivileged_user()
@@ -152,7 +162,10 @@ class DatabaseServer(ABC):
         They outlive a restart of the server: one that broke is replaced.
         """
         return sa.create_engine(
-            self.quick_url, isolation_level="AUTOCOMMIT", pool_pre_ping=True
+            self.quick_url,
+            isolation_level="AUTOCOMMIT",
+            pool_pre_ping=True,
+            connect_args=self._deadlines,
         )
 
     @property
@@ -186,6 +199,7 @@ class DatabaseServer(ABC):
 
     def start(self) -> None:
         """Start it and return when it answers."""
+        check_permission(self)
         if self.alive:
             raise ServerError(f"{self!r} is running already")
         with (self.folder / "server.log").open("ab") as log:
@@ -335,6 +349,10 @@ class PostgreSQL(DatabaseServer):
 
     dialect, driver = "postgresql", "psycopg2"
     _first_database = "postgres"
+    _deadlines: ClassVar[dict[str, Any]] = {
+        "connect_timeout": int(DEADLINE),
+        "options": f"-c statement_timeout={int(DEADLINE)}s",
+    }
     # A fast shutdown, which ends connections instead of waiting for them.
     _polite_signal = signal.SIGINT
 
@@ -396,6 +414,7 @@ class MariaDB(DatabaseServer):
     dialect, driver = "mysql", "pymysql"
     # Otherwise each connection reads all certificates of the system, for 20 ms.
     _quicker: ClassVar[dict[str, str]] = {"ssl_disabled": "true"}
+    _deadlines: ClassVar[dict[str, Any]] = {"read_timeout": DEADLINE}
 
     @classmethod
     def check_installed(cls) -> None:

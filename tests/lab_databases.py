@@ -243,13 +243,18 @@ class ServerTable(LabDatabase):
         with self._engine.connect() as holder:
             for statement in self._locking(readable=False):
                 holder.exec_driver_sql(statement)
-            yield
-            holder.exec_driver_sql(self._unlocking)
+            try:
+                yield
+            finally:
+                holder.exec_driver_sql(self._unlocking)
 
     def connections(self) -> int:
-        """How many the server has, all clients' together."""
+        """How many the server has, all clients' together but for our own."""
         with self._engine.connect() as connection:
-            return int(connection.exec_driver_sql(self._counting).scalar_one())
+            found = int(connection.exec_driver_sql(self._counting).scalar_one())
+            pool = self._engine.pool
+            assert isinstance(pool, sa.QueuePool)
+            return found - pool.checkedin() - pool.checkedout()
 
     def saved(self) -> Rows:
         """A copy of the rows."""

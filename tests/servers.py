@@ -8,7 +8,9 @@ Two things are less obvious than they look:
 
 -   **Ports** come from below the range from which the kernel gives ports to
     outgoing connections. Inside it a client that keeps trying the port of a
-    killed server ends up connected to itself, and keeps the port.
+    killed server ends up connected to itself, and keeps the port. No port is given
+    twice, nor by two of the processes that share the tests: while its server is
+    down, nobody else comes to listen on it.
 -   **Nothing is left behind.** The kernel kills a server when the thread that
     started it dies. Only the main thread lives as long as the tests do, so a
     server started from another thread is stopped at exit and by nothing else.
@@ -47,6 +49,9 @@ INSPECTION_TIMEOUT = 2.0
 PAUSE = 0.002
 #: Other ports that are tried when the one found is taken in the meantime.
 PORT_ATTEMPTS = 20
+
+#: Whether the test at hand may start servers; see :mod:`grouping`.
+permitted = True
 
 _SYSTEM_DIRECTORIES = ("/usr/local/bin", "/usr/bin", "/usr/sbin", "/usr/local/sbin")
 _MISSING = "memcached is not installed; run make test or apt-get install memcached"
@@ -91,11 +96,23 @@ def find_program(name: str) -> str:
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port that nobody listens on, and that no outgoing connection is given."""
+    # The processes of pytest-xdist are called gw0, gw1 and so on.
+    process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     for _ in range(PORT_ATTEMPTS):
-        port = random.randrange(15000, _first_outgoing_port())
-        if _can_listen(host, port):
+        port = random.randrange(15000 + process, _first_outgoing_port(), processes)
+        if port not in _taken and _can_listen(host, port):
+            _taken.add(port)
             return port
     raise ServerError(f"no free port on {host}")
+
+
+def check_permission(server: object) -> None:
+    """Fail where the test at hand does not say that it starts servers."""
+    if not permitted:
+        raise ServerError(
+            f"a test without the marker 'servers' starts {server!r}: mark it"
+        )
 
 
 class Memcached:
@@ -174,6 +191,7 @@ class Memcached:
 
     def start(self) -> Memcached:
         """Start it, empty, and return when it answers."""
+        check_permission(self)
         if self.alive:
             raise ServerError(f"{self!r} is running already")
         port_is_given = self._port is not None
@@ -487,6 +505,8 @@ def _can_listen(host: str, port: int) -> bool:
     return True
 
 
+#: Those that were given, and those that the demo likes best.
+_taken: set[int] = {21211, 21212, 21213}
 _started: WeakSet[Memcached] = WeakSet()
 _owner = os.getpid()
 

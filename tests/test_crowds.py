@@ -6,14 +6,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
 from database_servers import DatabaseServer, new_table_name
-from served_app import SECONDS_HEADER, Gunicorn
-from servers import Memcached
+from served_app import PATIENCE, SECONDS_HEADER, Gunicorn
+from servers import Memcached, wait_until
 from test_real_servers import Browser, listed
 
 #: The extension's own settings, not those for slow machines.
@@ -36,6 +37,8 @@ each_server = pytest.mark.parametrize(
     [(GREENLETS, 800), (THREADS, 200)],
     ids=["800 greenlets", "200 threads"],
 )
+
+pytestmark = pytest.mark.alone
 
 
 class Visitor(Browser):
@@ -123,7 +126,10 @@ def crowd_at(server: Gunicorn, size: int) -> Iterator[Crowd]:
             for number in range(size)
         ]
         for visitor in visitors:
-            visitor.logs_in()
+            # A busy machine may refuse that, which is not what is looked at here.
+            login = partial(visitor.ask, "POST", f"/login/{visitor.user}")
+            wait_until(login, PATIENCE, "a login")
+            visitor.seconds.clear()
         yield Crowd(visitors)
 
 
@@ -142,8 +148,11 @@ def busy_processes(count: int) -> Iterator[None]:
             process.wait()
 
 
-@pytest.mark.parametrize("busy", [0, BUSY_PROCESSES])
-@each_server
+@pytest.mark.parametrize(
+    ("arguments", "size", "busy"),
+    [(GREENLETS, 800, BUSY_PROCESSES), (THREADS, 200, 0)],
+    ids=["800 greenlets on a busy machine", "200 threads"],
+)
 def test_a_crowd_is_served_where_all_is_well(
     arguments: Sequence[str],
     size: int,

@@ -28,6 +28,9 @@ from example_app.models import db
 from example_app.nodes import main as nodes_command
 from servers import Memcached, wait_until
 
+# The demo starts its own, and each demo likes the same ports best.
+pytestmark = [pytest.mark.servers, pytest.mark.xdist_group("demo")]
+
 REPOSITORY = Path(__file__).parent.parent
 TOKEN = re.compile(r'name="csrf_token" value="([^"]+)"')
 TITLE = re.compile(r'class="origin \w+">.*?<h1>([^<]+)</h1>', re.DOTALL)

@@ -24,6 +24,8 @@ from misbehaving import in_child
 from served_app import PATIENCE, Gunicorn, create_app
 from servers import Memcached, wait_until
 
+pytestmark = pytest.mark.heavy
+
 #: What a node's statistics count besides the application's connections: the one
 #: that asks for them.
 OWN_CONNECTIONS: Final = 1

@@ -17,6 +17,8 @@ import pytest
 import servers
 from servers import Memcached, MemcachedPool, ServerError, ServerMissing, wait_until
 
+pytestmark = pytest.mark.servers
+
 
 def connect(server: Memcached) -> socket.socket:
     return socket.create_connection((server.host, server.port), 0.2)

@@ -12,6 +12,8 @@ from lab_databases import NAMES
 from soak.databases import SqliteFile, server_database
 from soak.run import LONGEST_WAIT, soak
 
+pytestmark = [pytest.mark.servers, pytest.mark.heavy]
+
 #: The servers share the work: ``make soak`` breaks each of them in every way.
 WAYS = {
     "postgresql": ("sql kill", "sql freeze", "sql lock", "sql hang up"),

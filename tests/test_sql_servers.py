@@ -576,14 +576,19 @@ print(*{outcome for outcome, _ in crowd(12)}, flush=True)
 """
 
 
-@pytest.mark.parametrize("driver", ["psycopg2", "psycopg2 cooperative", "pymysql"])
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        ("postgresql", "as it is"),
+        ("postgresql", "cooperative"),
+        ("mariadb", "as it is"),
+    ],
+)
 def test_in_a_process_of_greenlets(
-    request: pytest.FixtureRequest, table_name: str, driver: str
+    request: pytest.FixtureRequest, table_name: str, kind: str, mode: str
 ) -> None:
     """Deadlines hold in a process that gevent patched, with each kind of driver."""
-    kind = "mariadb" if driver == "pymysql" else "postgresql"
     server: DatabaseServer = request.getfixturevalue(kind)
-    mode = "cooperative" if "cooperative" in driver else "as it is"
     command = [sys.executable, "-W", "error", "-c", _GREENLETS]
     with subprocess.Popen(
         [*command, server.uri, table_name, mode],

@@ -14,6 +14,8 @@ from lab import FIRST, SECOND, Lab, User, Worker, new_lab
 from misbehaving import black_hole, run_together
 from servers import MemcachedPool
 
+pytestmark = pytest.mark.heavy
+
 #: Seconds: the corners of what anybody would set, and the values by default.
 TIMEOUTS: Final = [(0.05, 0.1), (0.05, 2.0), (2.0, 0.1), (2.0, 2.0), (0.25, 0.5)]
 
