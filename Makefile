@@ -18,18 +18,28 @@ STAMP := $(VENV)/installed.stamp
 TYPED := flask_resilient_session $(wildcard example_app)
 
 .DEFAULT_GOAL := help
-.PHONY: help test soak lint format demo clean memcached postgresql mariadb
+.PHONY: help check test full soak lint format demo clean memcached postgresql mariadb
 
 help:
+	@echo "make check   lint, the tests that need no server, some of the simulator: 40 seconds"
 	@echo "make test    lint, then the whole test suite (ARGS=\"-x -k ring\" goes to pytest)"
+	@echo "make full    the suite on each Python and set of dependencies, then make soak: hours"
 	@echo "make soak    real servers under faults, SOAK=120 seconds on each database; the simulator"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  put the code into ruff's format"
 	@echo "make demo    three memcached nodes and the example app; Ctrl-C ends it (PORT=5001 moves it)"
 	@echo "make clean   remove the virtual environment and everything generated"
 
+check: lint
+	$(BIN)/python -m pytest -q $(SPREAD) -m "not servers and not long" $(ARGS)
+	$(BIN)/python -m tests.simulator --seconds 15
+
 test: lint memcached postgresql mariadb
 	$(BIN)/python -m pytest $(SPREAD) $(ARGS)
+
+full: lint memcached postgresql mariadb
+	$(BIN)/python tools/full.py -- $(SPREAD) $(ARGS)
+	$(MAKE) soak
 
 soak: $(STAMP) memcached postgresql mariadb
 	cd tests && ../$(BIN)/python -m soak --seconds $(SOAK)
@@ -48,7 +58,7 @@ demo: $(STAMP) memcached
 	@$(BIN)/python -m example_app.demo
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo \
+	rm -rf $(VENV) .venv-full .pytest_cache .mypy_cache .ruff_cache .hypothesis .demo \
 		build dist docs/_build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

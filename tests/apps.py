@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import sqlalchemy as sa
+from click.testing import CliRunner
 from flask import Flask, session
-from flask.testing import FlaskClient
+from flask.testing import FlaskClient, FlaskCliRunner
 from flask_sqlalchemy import SQLAlchemy
 from werkzeug.test import TestResponse
 
@@ -46,6 +48,12 @@ class Cost(NamedTuple):
 
 
 NOTHING = Cost(0, 0)
+
+
+def command_runner(app: Flask) -> FlaskCliRunner:
+    """Runs commands, and keeps output and errors apart, with click 8.1 as well."""
+    mixed = "mix_stderr" in inspect.signature(CliRunner).parameters
+    return app.test_cli_runner(**({"mix_stderr": False} if mixed else {}))
 
 
 def make_app(

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from click.testing import Result
 
-from apps import Site
+from apps import Site, command_runner
 from flask_resilient_session import ReapReport
 
 LIFETIME = 3600
@@ -44,7 +44,7 @@ def counts(report: ReapReport) -> tuple[int, int, int, int]:
 
 def run(site: Site, *options: str, command: str = "reap-sessions") -> Result:
     """Run the command in this process."""
-    return site.app.test_cli_runner().invoke(args=[command, *options])
+    return command_runner(site.app).invoke(args=[command, *options])
 
 
 def run_json(site: Site, *options: str) -> tuple[int, dict[str, Any]]:

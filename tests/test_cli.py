@@ -250,7 +250,7 @@ def test_without_a_secret_key_it_says_so(sites: Sites) -> None:
     result = run(site)
     assert result.exit_code != 0
     assert isinstance(result.exception, SystemExit)
-    assert "SECRET_KEY" in result.output
+    assert "SECRET_KEY" in result.stderr
 
 
 def test_it_can_be_run_from_a_thread(site: Site, clock: TimeMachine) -> None:

@@ -84,7 +84,7 @@ def test_what_cannot_be_archived_is_kept(site: Site, clock: TimeMachine) -> None
     result = run(site, "--archive", "/dev/full")
     assert result.exit_code != 0
     assert isinstance(result.exception, SystemExit)
-    assert "No space left" in result.output
+    assert "No space left" in result.stderr
     assert len(site.rows()) == 1
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from apps import command_runner
 from builders import Statements
 from database_servers import new_table_name
 from lab import DEAD, FIRST, LIFETIME, MOVED, SECOND, Answer, Lab, N, User, Worker
@@ -148,7 +149,7 @@ def reaped_with_a_clock(
     """Exit code and errors of the command on a host whose clock is so far ahead."""
     worker = lab.new_worker()
     worker.state.clock.now_ms = lambda: lab.now_ms() + apart_ms
-    result = worker.app.test_cli_runner().invoke(args=["reap-sessions", *options])
+    result = command_runner(worker.app).invoke(args=["reap-sessions", *options])
     return result.exit_code, result.stderr
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from apps import command_runner
 from lab import (
     DEAD,
     FIRST,
@@ -151,7 +152,7 @@ def test_command_says_that_rows_were_kept(lab: Lab) -> None:
     user = lab.member(x=1)
     lab.pass_time(DUE)
     lab.kill(user, FIRST)
-    runner = lab.worker.app.test_cli_runner()
+    runner = command_runner(lab.worker.app)
     result = runner.invoke(args=["reap-sessions", "--json"])
     assert result.exit_code == 3
     assert json.loads(result.stdout)["unchecked"] == 1

@@ -16,7 +16,7 @@ import pytest
 from flask import session
 from werkzeug.exceptions import HTTPException
 
-from apps import Site, Sites, TimeMachine, key_of
+from apps import Site, Sites, TimeMachine, command_runner, key_of
 from flask_resilient_session.common import events
 from flask_resilient_session.web import interface
 from flask_resilient_session.web import session as session_module
@@ -92,8 +92,8 @@ class Collector:
 
     def run(self, *args: str) -> None:
         """A command."""
-        result = self.site.app.test_cli_runner().invoke(args=args)
-        self.texts += [result.output, repr(result.exception)]
+        result = command_runner(self.site.app).invoke(args=args)
+        self.texts += [result.stdout, result.stderr, repr(result.exception)]
 
     def stored(self) -> None:
         """Keep all that nodes and SQL hold."""

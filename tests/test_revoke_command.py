@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from flask.testing import FlaskClient
 
-from apps import Site, Sites
+from apps import Site, Sites, command_runner
 from database_servers import new_table_name
 from servers import MemcachedPool
 
@@ -28,7 +28,7 @@ def login(site: Site, user: object) -> FlaskClient:
 
 def run(site: Site, *args: str, **options: Any) -> Any:
     """The command."""
-    return site.app.test_cli_runner().invoke(args=["revoke-sessions", *args], **options)
+    return command_runner(site.app).invoke(args=["revoke-sessions", *args], **options)
 
 
 def test_one_user(site: Site) -> None:
@@ -57,7 +57,7 @@ def test_whom_must_be_said_once(site: Site, args: list[str]) -> None:
     browser = login(site, "alice")
     result = run(site, *args, "--yes")
     assert result.exit_code == 2
-    assert "--user ID or --all" in result.output
+    assert "--user ID or --all" in result.stderr
     assert site.data(browser) == {"_user_id": "alice"}
 
 
