@@ -15,7 +15,7 @@ from grouping import (
     HEAVY,
     LONG,
     SERVERS,
-    elbow_room,
+    among_others,
     mark_by_servers,
     permit_servers,
 )
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Keep a test alone that has to be, before its time begins to count."""
-    with elbow_room(item):
+    with among_others(item):
         return (yield)
 
 

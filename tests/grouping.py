@@ -33,7 +33,7 @@ _MARKER: Final = SERVERS.partition(":")[0]
 _HEAVY: Final = HEAVY.partition(":")[0]
 _ALONE: Final = ALONE.partition(":")[0]
 #: What the processes lock: any two files that all of them have.
-_ROOM, _DOOR = Path(__file__), Path(__file__).with_name("conftest.py")
+_RUNNING, _WAITING = Path(__file__), Path(__file__).with_name("conftest.py")
 #: What starts servers, itself or by name; a fixture that uses one counts, too.
 _FIXTURES: Final = {"memcached_pool", "database", "lab_database", "table"}
 _DATABASES: Final = ("postgresql", "mariadb")
@@ -58,14 +58,14 @@ def permit_servers(item: pytest.Item) -> None:
 
 
 @contextmanager
-def elbow_room(item: pytest.Item) -> Iterator[None]:
+def among_others(item: pytest.Item) -> Iterator[None]:
     """Wait for a test that runs alone, or for all others where this is one."""
     alone = item.get_closest_marker(_ALONE) is not None
-    with _ROOM.open() as room:
-        # Who waits for the room holds the door, so that nobody else comes in before.
-        with _DOOR.open() as door:
-            fcntl.flock(door, fcntl.LOCK_EX)
-            fcntl.flock(room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    with _RUNNING.open() as running:
+        # Who waits to run alone holds the second lock, so that nobody else starts before.
+        with _WAITING.open() as waiting:
+            fcntl.flock(waiting, fcntl.LOCK_EX)
+            fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         yield
 
 

@@ -122,24 +122,43 @@ def morsel(header: str) -> tuple[str, dict[str, Any]]:
     return name, attributes | ({"partitioned": True} if partitioned else {})
 
 
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"SESSION_COOKIE_HTTPONLY": False},
-    {"SESSION_COOKIE_SECURE": True, "SESSION_COOKIE_PARTITIONED": True},
-    {"SESSION_COOKIE_SECURE": True, "SESSION_COOKIE_SAMESITE": "None"},
-    {"SESSION_COOKIE_DOMAIN": "example.org", "SESSION_COOKIE_PATH": "/shop"},
-    {"SESSION_COOKIE_NAME": "__Secure-id", "SESSION_COOKIE_SECURE": True},
-    STRICT,
+#: Settings, and what they add to the usual attributes.
+SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"SESSION_COOKIE_HTTPONLY": False}, {"httponly": None}),
+    (
+        {"SESSION_COOKIE_SECURE": True, "SESSION_COOKIE_PARTITIONED": True},
+        {"secure": True, "partitioned": True},
+    ),
+    (
+        {"SESSION_COOKIE_SECURE": True, "SESSION_COOKIE_SAMESITE": "None"},
+        {"secure": True, "samesite": "None"},
+    ),
+    (
+        {"SESSION_COOKIE_DOMAIN": "example.org", "SESSION_COOKIE_PATH": "/shop"},
+        {"domain": "example.org", "path": "/shop"},
+    ),
+    ({"APPLICATION_ROOT": "/root"}, {"path": "/root"}),
+    (
+        {"SESSION_COOKIE_NAME": "__Secure-id", "SESSION_COOKIE_SECURE": True},
+        {"secure": True},
+    ),
+    (STRICT, {"secure": True, "samesite": "Strict"}),
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(("settings", "added"), SETTINGS)
 def test_deleting_repeats_every_attribute(
-    sites: Sites, settings: dict[str, Any]
+    sites: Sites, settings: dict[str, Any], added: dict[str, Any]
 ) -> None:
-    """A browser deletes a cookie only where name and attributes are those it knows."""
-    site = sites(**settings)
-    path = settings.get("SESSION_COOKIE_PATH", "/").rstrip("/")
+    """Flask's settings count, and a browser deletes only what has the attributes set.
+
+    They count also where they are made after the set-up.
+    """
+    site = sites()
+    site.app.config.update(settings)
+    root = settings.get("APPLICATION_ROOT", "/")
+    path = settings.get("SESSION_COOKIE_PATH", root).rstrip("/")
     domain = settings.get("SESSION_COOKIE_DOMAIN", "localhost")
     site.app.add_url_rule(f"{path}/page", "page", site._view)
 
@@ -150,6 +169,10 @@ def test_deleting_repeats_every_attribute(
 
     was_set = request(lambda: session.update(a=1))
     deleted = request(lambda: session.clear())
+    name, attributes = morsel(was_set)
+    assert name == settings.get("SESSION_COOKIE_NAME", "session")
+    expected = {"path": "/", "httponly": True} | added
+    assert attributes == {k: v for k, v in expected.items() if v}
     assert morsel(deleted) == morsel(was_set)
     assert "Max-Age=0" in deleted
     assert "01 Jan 1970" in deleted

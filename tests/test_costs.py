@@ -102,6 +102,7 @@ def log_out(site: Site) -> None:
         (member, SYNC, read, Cost(2, 1)),
         (member, SYNC, change, Cost(2, 1)),
         (member, 0, log_out, Cost(2, 2)),
+        (visitor, 0, log_out, Cost(2, 2)),
         (forger, 0, read, NOTHING),
         (newcomer, 0, read, Cost(2, 1)),
         (returning, 0, read, Cost(1, 1)),

@@ -21,9 +21,6 @@ from servers import Memcached, wait_until
 #: For a database that may hang. Requests may be late by what a busy machine adds.
 NODE_TIMEOUT, SQL_TIMEOUT, SLACK = 0.7, 0.3, 2.0
 
-#: How a database goes away.
-each_end = pytest.mark.parametrize("end", ["stop", "kill", "freeze"])
-
 MEMBER = {"_user_id": "7", "x": 1}
 
 DAY_MS = 24 * 3600 * 1000
@@ -270,85 +267,6 @@ def test_the_applications_transaction_is_its_own(
 
 
 # --- the database goes away ------------------------------------------------------
-
-
-@each_end
-def test_agreed_sessions_are_served(hasty: DatabaseLab, end: str) -> None:
-    """Without SQL both homes serve reads and changes, in time and nothing is lost."""
-    user = member(hasty)
-    hasty.database_gone(end)
-    for number in range(1, 6):
-        assert in_time(user.changes(x=number)).status == 200
-        assert user.sees() == {"_user_id": "7", "x": number}
-    hasty.database_back()
-
-
-@each_end
-def test_a_due_sync_is_put_off_and_made_up_for(hasty: DatabaseLab, end: str) -> None:
-    """The request that should write SQL is answered, and a later one writes it."""
-    user = member(hasty)
-    hasty.pass_time(N + 1)
-    hasty.database_gone(end)
-    assert in_time(user.changes(x=1)).status == 200
-    assert hasty.worker.stats["syncs_put_off"] >= 1
-    assert hasty.copies(user) == [MEMBER, MEMBER]
-    hasty.database_back()
-    # A frozen server may do late what nobody waits for any more.
-    assert hasty.row(user) in ({"_user_id": "7", "x": 0}, MEMBER)
-
-    def made_up_for() -> bool:
-        return user.sees() == MEMBER and hasty.row(user) == MEMBER
-
-    hasty.pass_time(N + 1)
-    wait_until(made_up_for, 20.0, "the sync")
-
-
-@each_end
-def test_what_needs_sql_is_refused_in_time(hasty: DatabaseLab, end: str) -> None:
-    """A login is 503 and leaves the session as it was; later it succeeds."""
-    visitor = hasty.visitor(x=1)
-    hasty.database_gone(end)
-    refused = in_time(visitor.logs_in("7"))
-    assert refused.status == 503
-    assert refused.retry_after is not None
-    assert refused.set_cookie is None
-    assert visitor.sees() == {"x": 1}
-    hasty.database_back()
-    wait_until(lambda: visitor.logs_in("7").status == 200, 20.0, "the login")
-    assert visitor.sees() == MEMBER
-
-
-@each_end
-def test_without_sql_and_one_home(hasty: DatabaseLab, end: str) -> None:
-    """One copy is shown, a change is refused in time; afterwards all is well."""
-    user = member(hasty)
-    hasty.kill(user, FIRST)
-    hasty.database_gone(end)
-    seen = in_time(user.does(dict))
-    assert (seen.status, seen.data) == (200, {"_user_id": "7", "x": 0})
-    assert in_time(user.changes(x=1)).status == 503
-    hasty.restart(user, FIRST)
-    hasty.database_back()
-    # What was refused may be found all the same, but everywhere the same.
-    found = user.sees()
-    assert found in ({"_user_id": "7", "x": 0}, MEMBER)
-    assert hasty.copies(user) == [found] * 2
-
-
-@each_end
-def test_a_logout_without_sql(hasty: DatabaseLab, end: str) -> None:
-    """Both homes take it, with a debt that the next reader pays to SQL."""
-    user = member(hasty)
-    last = user.twin()
-    hasty.database_gone(end)
-    assert in_time(user.logs_out()).status == 200
-    assert last.sees() == {}
-    hasty.database_back()
-
-    def paid() -> bool:
-        return last.sees() == {} and hasty.row(last) == DEAD
-
-    wait_until(paid, 20.0, "the debt to be paid")
 
 
 def test_a_hung_database_costs_a_few_timeouts(hasty: DatabaseLab) -> None:

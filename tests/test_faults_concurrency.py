@@ -238,6 +238,7 @@ def test_key_deleted_meanwhile(lab: Lab) -> None:
     request = lab.in_flight(user.twin(), lambda session: session.update(k=1))
     assert user.does(lambda session: session.pop("basket")).status == 200
     assert request.finish().status == 200
+    assert lab.worker.stats["conflicts"] == 1
     everything = {"_user_id": "7", "k": 1}
     assert user.sees() == everything
     assert lab.copies(user) == [everything, everything]

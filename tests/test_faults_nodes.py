@@ -193,6 +193,7 @@ def test_restarted_empty(lab: Lab, home: str) -> None:
     lab.restart(user, home)
     assert user.sees() == MEMBER
     assert lab.copies(user) == [MEMBER, MEMBER]
+    assert lab.worker.stats["repaired"] == 1
     asked = lab.worker.stats["loaded_from_sql"]
     assert user.sees() == MEMBER
     assert lab.worker.stats["loaded_from_sql"] == asked
@@ -404,10 +405,12 @@ def test_one_home_full(small: Lab, home: str) -> None:
 
 
 def test_both_homes_full(small: Lab) -> None:
-    """Two full nodes that hold the same old copy are not believed."""
+    """Two full nodes that hold the same old copy are not believed; one gives it up."""
     user = small.member(x=0, bulk=BULK)
     for home in (FIRST, SECOND):
         fill(small.node(user, home), small.raw(user, home) or b"")
+    assert user.changes(x=0.5).status == 200
+    assert small.copies(user).count(None) == 1
     for number in (1, 2, 3):
         assert user.changes(x=number).status == 200
         assert small.row(user)["x"] == number

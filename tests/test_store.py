@@ -1,10 +1,9 @@
-"""Whole sessions on two real nodes and SQLite: break one thing, look everywhere."""
+"""What a store promises below the requests: its uses, moves and late answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,11 @@ from builders import (
     encoded,
     make_site,
     session_key,
+    soon,
 )
-from flask_resilient_session.common.errors import SessionTooLarge
-from flask_resilient_session.core.reading import Gone, Live, Standing
+from flask_resilient_session.core.reading import Gone, Live
 from flask_resilient_session.core.record import Tombstone
-from misbehaving import run_together
+from flask_resilient_session.sql.table import Row
 from servers import Memcached
 
 
@@ -36,66 +35,7 @@ def site(nodes: list[Memcached], tmp_path: Path) -> Iterator[Site]:
     made.close()
 
 
-# --- what it costs ---------------------------------------------------------------
-
-
-def test_a_visitors_session(site: Site) -> None:
-    """Stored in one round trip; its row comes with the second request."""
-    with site.cost() as cost:
-        site.create(ALICE, required=False, page=1)
-    assert (cost.round_trips, cost.statements) == (1, 0)
-    assert [content(copy) for copy in site.copies(ALICE)] == [{"page": 1}] * 2
-    assert site.row(ALICE) is None
-    with site.cost() as cost:
-        site.touch()
-    assert (cost.round_trips, cost.statements) == (2, 1)
-    assert site.in_row() == {"page": 1}
-    with site.cost() as cost:
-        site.touch()
-    assert (cost.round_trips, cost.statements) == (1, 0)
-
-
-def test_a_login(site: Site) -> None:
-    """Required: SQL and both homes have it before it is acknowledged."""
-    with site.cost() as cost:
-        site.create(ALICE, _user_id="alice")
-    assert (cost.round_trips, cost.statements) == (1, 1)
-    row = site.row(ALICE)
-    assert row is not None
-    assert row.user_id == "alice"
-    with site.cost() as cost:
-        assert site.live(ALICE).standing is Standing.AGREED
-    assert (cost.round_trips, cost.statements) == (1, 0)
-
-
-def test_a_change(site: Site) -> None:
-    """Read both, write both, and no SQL before a sync is due."""
-    site.create(ALICE, page=1)
-    with site.cost() as cost:
-        site.change(ALICE, page=2)
-    assert (cost.round_trips, cost.statements) == (2, 0)
-    assert [content(copy) for copy in site.copies(ALICE)] == [{"page": 2}] * 2
-    assert site.in_row() == {"page": 1}
-
-
-def test_a_sync_that_is_due(site: Site) -> None:
-    """Changed or only read, the next request after the interval writes SQL once."""
-    site.create(ALICE, page=1)
-    site.change(ALICE, page=2)
-    site.clock.ahead_ms += 61 * SECOND
-    with site.cost() as cost:
-        site.touch()
-    assert (cost.round_trips, cost.statements) == (2, 1)
-    assert site.in_row() == {"page": 2}
-    assert site.live(ALICE).record.row_version == 2
-    site.clock.ahead_ms += 61 * SECOND
-    with site.cost() as cost:
-        site.change(ALICE, page=3)
-    assert (cost.round_trips, cost.statements) == (2, 1)
-    assert site.in_row() == {"page": 3}
-    with site.cost() as cost:
-        site.touch()
-    assert (cost.round_trips, cost.statements) == (1, 0)
+# --- how long a session lives ----------------------------------------------------
 
 
 def test_a_use_is_recorded_though_sql_is_silent(site: Site) -> None:
@@ -145,18 +85,6 @@ def test_an_idle_lifetime_is_never_cut_short(
     assert site.seen() is None
 
 
-@pytest.mark.parametrize("required", [True, False])
-def test_a_logout(site: Site, required: bool) -> None:
-    """SQL first, then both homes; nothing of the session is left anywhere."""
-    site.create(ALICE, required=required, page=1)
-    with site.cost() as cost:
-        site.store.end(site.context(ALICE), site.live(ALICE))
-    assert cost.round_trips == 2
-    assert cost.statements <= 2
-    assert site.is_dead()
-    assert isinstance(site.store.load(site.context(ALICE)), Gone)
-
-
 def test_revoking_what_nobody_loaded(site: Site) -> None:
     """A session is ended by its key alone, also one that never had a row."""
     site.create(ALICE, required=False, page=1)
@@ -196,61 +124,6 @@ def test_a_session_that_starts_over(site: Site) -> None:
 # --- concurrent requests ---------------------------------------------------------
 
 
-def test_two_requests_change_different_keys(site: Site) -> None:
-    """Two loads, two saves: both changes are on both homes."""
-    site.create(ALICE, page=1)
-    first, second = site.live(ALICE), site.live(ALICE)
-    site.store.save(site.context(ALICE), first, encoded(cart="full"))
-    saved = site.store.save(site.context(ALICE), second, encoded(name="Alice"))
-    both = {"page": 1, "cart": "full", "name": "Alice"}
-    assert content(saved) == both
-    assert [content(copy) for copy in site.copies(ALICE)] == [both] * 2
-    assert site.observer.stats["conflicts"] == 1
-
-
-def test_many_requests_of_two_workers_at_once(
-    nodes: list[Memcached], tmp_path: Path
-) -> None:
-    """Six requests change six keys, over and over: no change is lost anywhere."""
-    sites = [make_site(nodes, tmp_path) for _ in range(2)]
-    sites[0].create(ALICE, page=1)
-
-    def requests(number: int) -> None:
-        for turn in range(15):
-            sites[number % 2].change(ALICE, **{f"key{number}": turn})
-
-    results = run_together(*(partial(requests, number) for number in range(6)))
-    assert results == [None] * 6
-    expected = {"page": 1} | {f"key{number}": 14 for number in range(6)}
-    assert sites[0].seen() == expected
-    sites[1].touch()
-    assert [content(copy) for copy in sites[1].copies(ALICE)] == [expected] * 2
-    for site in sites:
-        site.close()
-
-
-def test_two_due_syncs_at_once(site: Site) -> None:
-    """The second finds another version in SQL, joins and writes again."""
-    site.create(ALICE, page=1)
-    site.clock.ahead_ms += 61 * SECOND
-    first, second = site.live(ALICE), site.live(ALICE)
-    site.store.save(site.context(ALICE), first, encoded(cart="full"))
-    site.store.save(site.context(ALICE), second, encoded(name="Alice"))
-    both = {"page": 1, "cart": "full", "name": "Alice"}
-    assert [content(copy) for copy in site.copies(ALICE)] == [both] * 2
-
-
-def test_a_logout_wins_over_a_save_in_flight(site: Site) -> None:
-    """The save that was under way finds the session gone, and nothing revives it."""
-    site.create(ALICE, page=1)
-    in_flight = site.live(ALICE)
-    site.store.end(site.context(ALICE), site.live(ALICE))
-    assert isinstance(
-        site.store.save(site.context(ALICE), in_flight, encoded(x=1)), Gone
-    )
-    assert site.is_dead()
-
-
 @pytest.mark.parametrize("changes", [{}, {"x": 1}])
 def test_a_logout_wins_over_a_late_sync(site: Site, changes: dict[str, int]) -> None:
     """The same when the save in flight is about to write SQL first."""
@@ -260,15 +133,6 @@ def test_a_logout_wins_over_a_late_sync(site: Site, changes: dict[str, int]) -> 
     site.store.end(site.context(ALICE), None)
     saved = site.store.save(site.context(ALICE), in_flight, encoded(**changes))
     assert isinstance(saved, Gone)
-    assert site.is_dead()
-
-
-def test_a_late_visitors_row_does_not_revive(site: Site) -> None:
-    """A logout before the first sync: the insert that was due finds a tombstone."""
-    site.create(ALICE, required=False, page=1)
-    in_flight = site.live(ALICE)
-    site.store.end(site.context(ALICE), site.live(ALICE))
-    assert isinstance(site.store.save(site.context(ALICE), in_flight, {}), Gone)
     assert site.is_dead()
 
 
@@ -363,18 +227,6 @@ def test_saving_again_what_was_just_created(site: Site) -> None:
 # --- limits ----------------------------------------------------------------------
 
 
-def test_a_session_that_is_too_large(site: Site) -> None:
-    """Nothing is stored of it, and what was stored stays."""
-    with pytest.raises(SessionTooLarge):
-        site.create(ALICE, page="x" * 100_001)
-    assert (site.copies(ALICE), site.row(ALICE)) == ([None, None], None)
-    site.create(ALICE, page=1)
-    with pytest.raises(SessionTooLarge) as caught:
-        site.change(ALICE, page="x" * 100_001)
-    assert caught.value.limit == 100_000
-    assert [content(copy) for copy in site.copies(ALICE)] == [{"page": 1}] * 2
-
-
 def test_an_expired_session(site: Site) -> None:
     """Gone for the reader, and no tombstone is written on a clock's word."""
     site.timing = replace(site.timing, lifetime_ms=3600 * SECOND)
@@ -383,3 +235,41 @@ def test_an_expired_session(site: Site) -> None:
     assert site.reason() == "expired"
     assert [content(copy) for copy in site.copies(ALICE)] == [{"page": 1}] * 2
     assert site.in_row() == {"page": 1}
+
+
+# --- a row that is lost ----------------------------------------------------------
+
+
+@pytest.fixture
+def forgotten(site: Site) -> tuple[Site, Row]:
+    """A session whose row is lost, as a sync found out, and the row."""
+    site.create(ALICE, page=1)
+    site.change(ALICE, page=2)
+    row = site.row(ALICE)
+    assert row is not None
+    assert site.sql.table.delete([row], soon()) == [True]
+    site.clock.ahead_ms += site.timing.sync_ms
+    saved = site.change(ALICE, page=3)
+    assert saved == Gone("missing", held=True)
+    return site, row
+
+
+def test_a_session_whose_row_is_lost_is_gone_each_time(
+    forgotten: tuple[Site, Row],
+) -> None:
+    """From the sync that finds it out; its copies are not believed meanwhile."""
+    site, _ = forgotten
+    for _ in range(3):
+        with site.cost() as cost:
+            assert site.reason() == "missing"
+        assert (cost.round_trips, cost.statements) == (1, 1)
+    assert [content(copy) for copy in site.copies(ALICE)] == [{"page": 2}] * 2
+
+
+def test_a_lost_row_is_no_news_while_sql_is_silent(
+    forgotten: tuple[Site, Row],
+) -> None:
+    """Two copies that agree are served, as always when SQL does not answer."""
+    site, _ = forgotten
+    site.sql.down = True
+    assert site.seen() == {"page": 2}
