@@ -361,6 +361,7 @@ class Database:
     :ivar busy: chance that a worker has no connection to spare.
     :ivar behind: reads are answered from what it held at an earlier moment.
     :ivar on_insert: told of each row that appears, and whether it is live.
+    :ivar on_reap: told of each live row that is deleted.
     :ivar on_fault: told of each statement that goes wrong, and whose it was.
     """
 
@@ -376,6 +377,7 @@ class Database:
         self.busy = 0.0
         self.behind: dict[str, Row] | None = None
         self.on_insert: Callable[[str, bool], None] = lambda key, live: None
+        self.on_reap: Callable[[str], None] = lambda key: None
         self.on_fault: Callable[[int], None] = lambda worker: None
         #: Step at which a call of this worker last went wrong.
         self.failed: dict[int, int] = {}
@@ -481,6 +483,8 @@ class Database:
         )
         if same:
             del self.rows[row.session_key]
+            if row.revoked_at is None:
+                self.on_reap(row.session_key)
         return same
 
 

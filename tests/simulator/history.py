@@ -432,6 +432,15 @@ class History:
         """SQL has lost a row, which may be inserted once more."""
         self._rows.pop(key, None)
 
+    def row_is_reaped(self, key: str) -> None:
+        """A live row went. Expiry is as good as the clocks.
+
+        Where they differ a worker that is behind may still find a copy alive, and
+        give it a row.
+        """
+        if self.skew_ms:
+            self._rows.pop(key, None)
+
     def row_step(self, key: str) -> int:
         """The step at which a session got its row."""
         return self._rows.get(key, NEVER)

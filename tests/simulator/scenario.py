@@ -351,7 +351,9 @@ class Run(Site):
         if not in_sql and (len(homes) < len(PAIR) or len(told) < len(homes)):
             raise Violation("G4", f"{key[:6]} was ended, in SQL not, and on {told}")
         skipped = any(suspect for _, suspect in faults)
-        reached = worker.faults(key) == faults and not skipped
+        # One may have been given up, by what another request met, since this began.
+        away = any(worker.cannot_reach(name) for name in homes)
+        reached = worker.faults(key) == faults and not skipped and not away
         full = any(self.servers[name].refused_step >= start for name in homes)
         passed = self.world.passed_since(start) > 0
         if len(told) < len(homes) and reached and not full and not passed:

@@ -39,6 +39,7 @@ class Site(ABC):
         self.database.on_insert = lambda key, live: self.history.row_appears(
             key, live=live
         )
+        self.database.on_reap = self.history.row_is_reaped
         self.database.on_fault = self._sql_fails
         self.names = frozenset(plan.nodes)
         self.rollout = Rollout(

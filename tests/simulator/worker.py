@@ -146,6 +146,11 @@ class Worker:
             for name in self.homes_of(session_key)
         )
 
+    def cannot_reach(self, name: str) -> bool:
+        """Whether nothing that it says to this node arrives."""
+        server = self.nodes[name].server
+        return not server.up or server.hung or self.index in server.cut
+
     def missed_all(
         self, session_key: str, faults: Faults, full: Sequence[bool] = ()
     ) -> bool:
