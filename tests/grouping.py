@@ -62,7 +62,7 @@ def among_others(item: pytest.Item) -> Iterator[None]:
     """Wait for a test that runs alone, or for all others where this is one."""
     alone = item.get_closest_marker(_ALONE) is not None
     with _RUNNING.open() as running:
-        # Who waits to run alone holds the second lock, so that nobody else starts before.
+        # Who waits to run alone holds this one, so that nobody else starts before.
         with _WAITING.open() as waiting:
             fcntl.flock(waiting, fcntl.LOCK_EX)
             fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)

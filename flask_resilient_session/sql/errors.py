@@ -1,7 +1,7 @@
 """What databases say when something fails: what it means, and what may be told.
 
 Their words are for people who run the application; values of a row are in none that
-leaves this room.
+leaves this module.
 """
 
 from __future__ import annotations
