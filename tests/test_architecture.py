@@ -61,7 +61,7 @@ def folder_of(module: str) -> str:
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """What is imported, wherever it stands, and its line; a module of the package as ``.name``."""
+    """What is imported, wherever it stands, and its line; a module as ``.name``."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
