@@ -42,7 +42,7 @@ full: lint memcached postgresql mariadb
 	$(MAKE) soak
 
 soak: $(STAMP) memcached postgresql mariadb
-	cd tests && ../$(BIN)/python -m soak --seconds $(SOAK)
+	$(BIN)/python -m tests.soak --seconds $(SOAK)
 	$(BIN)/python -m tests.simulator --schedules $(SCHEDULES)
 
 lint: $(STAMP)

@@ -1,6 +1,6 @@
 """Real workers, real nodes, real faults, and a history that is checked.
 
-``cd tests && python -m soak --seconds 120 --seed 7 --database postgresql``
+``python -m tests.soak --seconds 120 --seed 7 --database postgresql``
 
 Clients append elements that occur once, log in and out, and change ids, at three
 workers on three nodes and one database, while a nemesis breaks things: the database,

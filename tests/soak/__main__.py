@@ -9,6 +9,9 @@ import tempfile
 from contextlib import closing
 from pathlib import Path
 
+# The tests are no package: what they share is imported by its own name.
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
 from lab_databases import NAMES
 
 from .databases import new_database
@@ -18,7 +21,7 @@ from .run import soak
 
 def main() -> int:
     """Run one soak on each database and print what happened."""
-    parser = argparse.ArgumentParser(prog="python -m soak")
+    parser = argparse.ArgumentParser(prog="python -m tests.soak")
     parser.add_argument("--seconds", type=float, default=120, help="on each database")
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument(

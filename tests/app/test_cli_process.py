@@ -17,7 +17,7 @@ import pytest
 from apps import Site, Sites, TimeMachine, add_rows
 from servers import Memcached, wait_until
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LIFETIME = 3600
 #: Enough lines of archive that a pipe cannot hold them.
 ROWS = 800
@@ -61,7 +61,7 @@ def start(tmp_path: Path, *options: str, **streams: Any) -> subprocess.Popen[str
     """Start the command."""
     command = [sys.executable, "-W", "error", "-m", "flask"]
     command += ["--app", str(tmp_path / "program.py"), "reap-sessions", *options]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support")])
     return subprocess.Popen(
         command,
         text=True,

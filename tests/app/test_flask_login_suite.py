@@ -134,10 +134,11 @@ def test_flask_logins_own_tests_pass(
     source: Path, nodes: list[Memcached], tmp_path: Path
 ) -> None:
     """Logins, remember cookies, fresh logins, protection, clients: no difference."""
+    here = Path(__file__).parent
     environment = os.environ | {
         NODES: ",".join(node.address for node in nodes),
         DATABASE: f"sqlite:///{tmp_path}/suite.db",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent / "support"))),
     }
     plugin = Path(__file__).stem
     command = [sys.executable, "-W", "error", "-m", "pytest", "-p", plugin]

@@ -287,7 +287,7 @@ def test_servers_die_with_the_process_that_started_them() -> None:
     """
     with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=Path(__file__).parent,
+        cwd=Path(servers.__file__).parent,
         stdout=subprocess.PIPE,
     ) as parent:
         assert parent.stdout is not None

@@ -186,7 +186,7 @@ print(*order, most, gate._free)
 def test_greenlets_wait_their_turn() -> None:
     """In a process that gevent patched, while others go on."""
     command = [sys.executable, "-W", "error", "-c", _GREENLETS]
-    folder = Path(__file__).parent.parent
+    folder = Path(__file__).parents[2]
     printed = subprocess.check_output(command, text=True, cwd=folder)
     assert printed.split() == ["busy", *"rrwwrrrr", "2", "2"]
 

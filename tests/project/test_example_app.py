@@ -31,7 +31,7 @@ from servers import Memcached, wait_until
 # The demo starts its own, and each demo likes the same ports best.
 pytestmark = [pytest.mark.servers, pytest.mark.xdist_group("demo")]
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 TOKEN = re.compile(r'name="csrf_token" value="([^"]+)"')
 TITLE = re.compile(r'class="origin \w+">.*?<h1>([^<]+)</h1>', re.DOTALL)
 LINE = re.compile(r'class="number">(\d+) \W</td>\s*<td class="wide">([^<]+)</td>')

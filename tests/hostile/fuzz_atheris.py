@@ -3,7 +3,7 @@
 Not collected by pytest, and atheris is no dependency of the tests::
 
     pip install atheris
-    python tests/fuzz_atheris.py decode -max_total_time=300 -rss_limit_mb=512
+    python tests/hostile/fuzz_atheris.py decode -max_total_time=300 -rss_limit_mb=512
 
 The first argument is ``decode``, ``unseal`` or ``wire``; the rest is libFuzzer's.
 ``MSGPACK_PUREPYTHON=1`` lets it look into msgpack as well, more slowly.
@@ -23,9 +23,9 @@ from uuid import UUID
 import atheris
 
 with atheris.instrument_imports(include=["flask_resilient_session", "msgpack"]):
-    from flask_resilient_session import wire
     from flask_resilient_session.core import envelope, record
     from flask_resilient_session.core import values as codec
+    from flask_resilient_session.memcached import text_protocol
 
 #: Seconds that no input may take; libFuzzer's own limit is in whole seconds.
 SLOW = 2.0
@@ -39,10 +39,10 @@ TYPES = (
 )
 CHILDREN = (list, tuple, set, frozenset)
 WRITES = (
-    wire.Add("k", b"", 1),
-    wire.Cas("k", b"", 1, 1, 1),
-    wire.Set("k", b"", 1),
-    wire.Delete("k"),
+    text_protocol.Add("k", b"", 1),
+    text_protocol.Cas("k", b"", 1, 1, 1),
+    text_protocol.Set("k", b"", 1),
+    text_protocol.Delete("k"),
 )
 
 
@@ -93,21 +93,21 @@ def unseal(data: bytes) -> None:
 
 def wire_replies(data: bytes) -> None:
     """A reply in one piece and byte by byte: the same answer, or a ProtocolError."""
-    get = wire.Get("k", 1000)
+    get = text_protocol.Get("k", 1000)
     for request in (get, *WRITES):
         try:
             parsed = request.parse(data)
-        except wire.ProtocolError:
+        except text_protocol.ProtocolError:
             continue
         if parsed is None:
             continue
         reply, length = parsed
-        if isinstance(reply, wire.Value) and reply.data is None:
+        if isinstance(reply, text_protocol.Value) and reply.data is None:
             # Longer than it may be: its length says how much to skip.
             assert length > get.limit
             continue
         assert 0 < length <= len(data)
-        if isinstance(reply, wire.Value):
+        if isinstance(reply, text_protocol.Value):
             assert len(reply.data) <= get.limit
             assert request.parse(data[:length]) == parsed
             assert request.parse(data[: length - 1]) is None

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from test_real_servers import Browser, listed
 
 from database_servers import DatabaseServer, new_table_name
 from served_app import PATIENCE, SECONDS_HEADER, Gunicorn
 from servers import Memcached, wait_until
-from test_real_servers import Browser, listed
 
 #: The extension's own settings, not those for slow machines.
 AS_SHIPPED: Final = {

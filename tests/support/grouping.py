@@ -33,7 +33,7 @@ _MARKER: Final = SERVERS.partition(":")[0]
 _HEAVY: Final = HEAVY.partition(":")[0]
 _ALONE: Final = ALONE.partition(":")[0]
 #: What the processes lock: any two files that all of them have.
-_RUNNING, _WAITING = Path(__file__), Path(__file__).with_name("conftest.py")
+_RUNNING, _WAITING = Path(__file__), Path(__file__).with_name("selection.py")
 #: What starts servers, itself or by name; a fixture that uses one counts, too.
 _FIXTURES: Final = {"memcached_pool", "database", "lab_database", "table"}
 _DATABASES: Final = ("postgresql", "mariadb")
