@@ -63,6 +63,10 @@ class Proxy:
         """Reset each connection that is used from now on."""
         self._mode = "reset"
 
+    def holds(self, key: str) -> bool:
+        """Whether something about this memcached key is held."""
+        return any(wire.holds(key.encode()) for wire in self._all())
+
     def release(self) -> int:
         """Deliver what was held, also of connections that were given up since.
 
@@ -147,6 +151,10 @@ class _Wire:
         ]
         for pump in self._pumps:
             pump.start()
+
+    def holds(self, key: bytes) -> bool:
+        with self._lock:
+            return key in self._held
 
     def deliver(self) -> int:
         with self._lock:
