@@ -46,19 +46,23 @@ class Mutation:
     """One rule switched off.
 
     :ivar kind: the class of schedules that must notice.
+    :ivar first: the schedule to begin with: where few notice, one that does.
     """
 
     name: str
     kind: str
     apply: Callable[[Patch], None]
+    first: int = 0
 
 
 MUTATIONS: list[Mutation] = []
 
 
-def _mutation(kind: str) -> Callable[[Callable[[Patch], None]], Callable[..., None]]:
+def _mutation(
+    kind: str, first: int = 0
+) -> Callable[[Callable[[Patch], None]], Callable[..., None]]:
     def register(apply: Callable[[Patch], None]) -> Callable[[Patch], None]:
-        MUTATIONS.append(Mutation(apply.__name__, kind, apply))
+        MUTATIONS.append(Mutation(apply.__name__, kind, apply, first))
         return apply
 
     return register
@@ -126,7 +130,7 @@ def refused_not_removed(patch: Patch) -> None:
     patch(homes, "to_remove", lambda acks, writable: [])
 
 
-@_mutation("full")
+@_mutation("full", 1023)
 def all_refused_removed(patch: Patch) -> None:
     """Every home that refused a write loses its copy, whatever it is by then."""
 
@@ -220,7 +224,7 @@ def missing_row_is_gone(patch: Patch) -> None:
     patch(loading, "judge_row", judge_row)
 
 
-@_mutation("forget")
+@_mutation("forget", 1280)
 def missing_rows_not_doubted(patch: Patch) -> None:
     """A pair whose row is missing goes on to be believed."""
     patch(Loader, "_doubt", lambda *_: None)
@@ -232,7 +236,7 @@ def never_overdue(patch: Patch) -> None:
     patch(reading, "overdue", lambda *_: False)
 
 
-@_mutation("memory")
+@_mutation("memory", 1634)
 def floor_forgotten(patch: Patch) -> None:
     """A sync drops the markers and leaves the floor where it was."""
     real = saving.drop_markers

@@ -64,7 +64,7 @@ def test_a_rule_switched_off_is_noticed(
 ) -> None:
     """Every rule of the protocol is there for a reason that some schedule shows."""
     mutation.apply(monkeypatch.setattr)
-    for seed in range(NOTICED_WITHIN):
+    for seed in range(mutation.first, mutation.first + NOTICED_WITHIN):
         violation, _ = run_seed(mutation.kind, seed)
         if violation is not None:
             return
