@@ -5,6 +5,6 @@ question                                  file
 ========================================  ==============
 the bytes on the wire                     ``text_protocol``
 sockets, the pool, another client         ``node``
-parallel exchanges, a node out of memory  ``cluster``
+parallel exchanges, who is skipped        ``cluster``
 ========================================  ==============
 """

@@ -4,7 +4,7 @@
 question                                      file
 ============================================  ==============
 what can be done with a session               ``store``
-its copies on their nodes, a third copy       ``replicas``
+its copies on their nodes                     ``replicas``
 its row in SQL, breaker and debts             ``row``
 loading                                       ``load``
 saving, syncing, conflicts                    ``save``

@@ -12,6 +12,7 @@ import random as random_module
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Final, TypeVar
 
 from ..common.breaker import Breaker
@@ -84,7 +85,7 @@ class RowRepository:
         """What SQL says about a session; silence is an answer, not an error."""
         try:
             row = self._ask(
-                lambda until: self._sql.read(context.session_key, until),
+                partial(self._sql.read, context.session_key),
                 context.patience,
                 writes=False,
             )
@@ -124,7 +125,7 @@ class RowRepository:
         synced = self._synced(record, _FIRST_VERSION)
         row = self._row(context, synced)
         inserted = self._ask(
-            lambda until: self._sql.insert(row, until),
+            partial(self._sql.insert, row),
             context.patience,
             can_wait=can_wait,
         )
@@ -144,7 +145,7 @@ class RowRepository:
         synced = self._synced(record, seen + 1)
         row = self._row(context, synced)
         updated = self._ask(
-            lambda until: self._sql.update(row, seen, until),
+            partial(self._sql.update, row, seen),
             context.patience,
             can_wait=can_wait,
         )
@@ -161,7 +162,7 @@ class RowRepository:
         row = self._tombstone_row(context, tombstone, record)
         has_row = record is None or not record.never_synced
         self._ask(
-            lambda until: self._sql.put_tombstone(row, until, has_row=has_row),
+            partial(self._sql.put_tombstone, row, has_row=has_row),
             context.patience,
         )
 
@@ -194,9 +195,7 @@ class RowRepository:
         new_row = self._row(new, synced)
         seen = None if old_record.never_synced else old_record.row_version
         moved = self._ask(
-            lambda until: self._sql.move(
-                tombstone_row, new_row, until, seen_version=seen
-            ),
+            partial(self._sql.move, tombstone_row, new_row, seen_version=seen),
             new.patience,
         )
         return self._counted(synced) if moved else None
