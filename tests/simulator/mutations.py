@@ -224,12 +224,6 @@ def missing_row_is_gone(patch: Patch) -> None:
     patch(loading, "judge_row", judge_row)
 
 
-@_mutation("forget", 1280)
-def missing_rows_not_doubted(patch: Patch) -> None:
-    """A pair whose row is missing goes on to be believed."""
-    patch(Loader, "_doubt", lambda *_: None)
-
-
 @_mutation("silent")
 def never_overdue(patch: Patch) -> None:
     """A pair is believed however long it has not heard of SQL."""
@@ -282,7 +276,12 @@ def sql_skipped_at_logout(patch: Patch) -> None:
     """A logout tells the homes, then SQL, and is content with one of them."""
 
     def end(
-        self: Ender, context: SessionContext, live: Live | None, also: object = ()
+        self: Ender,
+        context: SessionContext,
+        live: Live | None,
+        also: object = (),
+        *,
+        in_debt: bool = True,
     ) -> None:
         tombstone = Tombstone("ended", self._clock.now_ms())
         self._homes.put_tombstones(context, tombstone, self._homes.names(context))

@@ -100,7 +100,8 @@ def free_port(host: str = "127.0.0.1") -> int:
     process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     for _ in range(PORT_ATTEMPTS):
-        port = random.randrange(15000 + process, _first_outgoing_port(), processes)
+        # Those below are the demo's, which are always the same.
+        port = random.randrange(22000 + process, _first_outgoing_port(), processes)
         if port not in _taken and _can_listen(host, port):
             _taken.add(port)
             return port
