@@ -38,6 +38,8 @@ _NODES: Final = 3
 #: Other ports for nodes. Below those that the kernel gives to outgoing connections,
 #: or one of these may hold the port of a killed node.
 _OTHER_PORTS: Final = range(15000, 32000)
+#: Ports that are tried for each node.
+_PORT_ATTEMPTS: Final = 3
 
 
 def create_app() -> Flask:
@@ -136,26 +138,37 @@ def _listen(port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def _running_nodes() -> Iterator[dict[str, Memcached]]:
-    nodes = {
-        f"node{number}": Memcached(f"node{number}", port)
-        for number, port in enumerate(_node_ports(), start=1)
-    }
+    nodes: dict[str, Memcached] = {}
+    ports = iter(_free_ports())
     try:
-        for node in nodes.values():
-            node.start()
+        for number in range(1, _NODES + 1):
+            _start_node(nodes, f"node{number}", ports)
         yield nodes
     finally:
         for node in nodes.values():
             node.stop()
 
 
-def _node_ports() -> Sequence[int]:
+def _start_node(nodes: dict[str, Memcached], name: str, ports: Iterator[int]) -> None:
+    # Somebody may take a port between the look at it and the start.
+    for attempts_left in reversed(range(_PORT_ATTEMPTS)):
+        nodes[name] = Memcached(name, next(ports))
+        try:
+            nodes[name].start()
+        except NodeError:
+            if not attempts_left:
+                raise
+        else:
+            return
+
+
+def _free_ports() -> Sequence[int]:
     preferred = range(_FIRST_NODE_PORT, _FIRST_NODE_PORT + _NODES)
     others = random.sample(_OTHER_PORTS, 200)
     free = [port for port in (*preferred, *others) if port_is_free(port)]
-    if len(free) < _NODES:
+    if len(free) < _NODES * _PORT_ATTEMPTS:
         raise NodeError("There are not enough free ports for the nodes.")
-    return free[:_NODES]
+    return free
 
 
 def _fresh_state(stack: ExitStack, url: str, nodes: dict[str, Memcached]) -> State:

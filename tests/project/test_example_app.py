@@ -23,6 +23,7 @@ from flask import Flask
 from werkzeug.test import TestResponse
 
 from example_app import create_app
+from example_app import demo as demo_module
 from example_app.memcached import NodeError, find_memcached
 from example_app.models import db
 from example_app.nodes import main as nodes_command
@@ -491,6 +492,20 @@ def test_a_port_that_is_taken_is_said_plainly(tmp_path: Path) -> None:
     assert f"Port {port} is in use" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / ".demo").exists()
+
+
+def test_a_port_that_is_taken_meanwhile_is_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Somebody takes a node's port after it was free: the node gets another."""
+    free = demo_module._free_ports()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(demo_module, "_free_ports", lambda: [port, *free])
+        with demo_module._running_nodes() as nodes:
+            assert list(nodes) == ["node1", "node2", "node3"]
+            assert port not in {node.port for node in nodes.values()}
 
 
 def test_a_missing_memcached_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
