@@ -62,12 +62,14 @@ class Timing:
         return self.sync_ms or max(1, min(_LONGEST_SLACK_MS, self.lifetime_ms // 10))
 
 
-def expires_ms(record: Record, timing: Timing) -> int:
+def expires_ms(record: Record, timing: Timing, *, slacks: int = 1) -> int:
     """When the session ends unless it is used again, in Unix milliseconds.
 
     Later uses are recorded once the slack has passed: they may be as much younger.
+
+    :param slacks: how many of them the last use may have been unheard of.
     """
-    idle = record.last_use_ms + timing.lifetime_ms + timing.slack_ms
+    idle = record.last_use_ms + timing.lifetime_ms + slacks * timing.slack_ms
     if timing.absolute_ms is None:
         return idle
     return min(idle, record.created_ms + timing.absolute_ms)
@@ -78,10 +80,7 @@ def row_expires_ms(record: Record, timing: Timing) -> int:
 
     The row hears of uses when it is synced, so it waits for one slack more.
     """
-    idle = record.last_use_ms + timing.lifetime_ms + 2 * timing.slack_ms
-    if timing.absolute_ms is None:
-        return idle
-    return min(idle, record.created_ms + timing.absolute_ms)
+    return expires_ms(record, timing, slacks=2)
 
 
 def tombstone_expires_ms(tombstone: Tombstone, timing: Timing) -> int:
@@ -122,8 +121,12 @@ def overdue(record: Record, timing: Timing, now_ms: int) -> bool:
 
     The session may have been ended by somebody who reached SQL but no home. In use it
     meets that at its next sync. One that comes back from a long rest would be served
-    once more before: for twice the interval it may, and no longer. A pair that was
-    never synced has rested since it was created.
+    once more before: for twice the interval it may, and no longer.
     """
-    heard_ms = record.created_ms if record.never_synced else record.synced_ms
-    return now_ms - heard_ms >= 2 * timing.sync_ms + _REST_MS
+    return since_sync_ms(record, now_ms) >= 2 * timing.sync_ms + _REST_MS
+
+
+def since_sync_ms(record: Record, now_ms: int) -> int:
+    """How long ago SQL heard of the session; what it never heard of, since creation."""
+    synced_ms = record.created_ms if record.never_synced else record.synced_ms
+    return now_ms - synced_ms

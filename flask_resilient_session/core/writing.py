@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterable, Mapping, Sequence
 
 from .answers import Ack, Token
-from .lifetimes import CLOCKS_APART_MS, Timing
+from .lifetimes import CLOCKS_APART_MS, Timing, since_sync_ms
 from .reading import Live, Standing
 from .ring import PAIR
 
@@ -47,12 +47,11 @@ def sql_need(
     record = live.record
     if (timing.sync_ms == 0 or homes < PAIR) and (changed or record.writes > 0):
         return SqlNeed.LATE
-    # Its cookie came back, so that one which never had a row is worth it.
-    synced_ms = record.created_ms if record.never_synced else record.synced_ms
-    since_ms = now_ms - synced_ms
+    since_ms = since_sync_ms(record, now_ms)
     if since_ms >= 2 * timing.slack_ms:
         return SqlNeed.LATE
     due = (
+        # Its cookie came back, so that one which never had a row is worth it.
         record.never_synced
         or since_ms >= timing.slack_ms
         or since_ms < -CLOCKS_APART_MS
@@ -103,15 +102,15 @@ def judge_acks(
 
 
 def is_ended(
-    acks: Mapping[str, Ack], *, homes: Sequence[str], names: Iterable[str], in_sql: bool
+    acks: Mapping[str, Ack], *, homes: Sequence[str], names: Iterable[str]
 ) -> bool:
-    """Whether an end may be acknowledged: SQL has it, or every home took it.
+    """Whether an end may be acknowledged that SQL could not be told.
 
     :param acks: answers of the nodes to the tombstone.
     :param homes: the homes that the session has by configuration.
     :param names: all nodes that were told.
     """
-    return in_sql or (len(homes) >= PAIR and all_stored(acks, names))
+    return len(homes) >= PAIR and all_stored(acks, names)
 
 
 def all_stored(acks: Mapping[str, Ack], names: Iterable[str]) -> bool:

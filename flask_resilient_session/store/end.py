@@ -55,7 +55,7 @@ class Ender:
             acks = self._homes.put_tombstones(
                 context, replace(tombstone, debt=True), names
             )
-            if not is_ended(acks, homes=homes, names=names, in_sql=False):
+            if not is_ended(acks, homes=homes, names=names):
                 raise self._steps.not_kept(context, error) from error
             self._rows.owe(context, tombstone, record)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -35,13 +35,6 @@ TIMES = 25
 #: tries again gets through.
 REFUSALS = 10
 PATIENT_TRIES = 10
-
-
-@pytest.fixture
-def lab(nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
-    """Two nodes, and a worker that is patient with the crowd."""
-    with new_lab(nodes, lab_database) as lab:
-        yield lab
 
 
 class Crowd:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,20 +36,6 @@ from servers import Memcached, wait_until
 pytestmark = pytest.mark.each_value
 
 MEMBER = {"_user_id": "7", "x": 1}
-
-
-@pytest.fixture
-def lab(nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
-    """Two nodes, one worker."""
-    with new_lab(nodes, lab_database) as lab:
-        yield lab
-
-
-@pytest.fixture
-def hasty(nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
-    """Two nodes, and a worker that does not wait long for anything."""
-    with new_lab(nodes, lab_database, **HASTY) as lab:
-        yield lab
 
 
 def _logs_out(user: User) -> Answer:

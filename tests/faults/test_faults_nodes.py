@@ -32,20 +32,6 @@ pytestmark = pytest.mark.each_value
 MEMBER = {"_user_id": "7", "x": 1}
 
 
-@pytest.fixture
-def lab(nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
-    """Two nodes, one worker."""
-    with new_lab(nodes, lab_database) as lab:
-        yield lab
-
-
-@pytest.fixture
-def hasty(nodes: list[Memcached], lab_database: LabDatabase) -> Iterator[Lab]:
-    """Two nodes, and a worker that does not wait long for either."""
-    with new_lab(nodes, lab_database, **HASTY) as lab:
-        yield lab
-
-
 def test_both_homes_hold_a_session_and_the_stranger_does_not(
     three_nodes: list[Memcached], lab_database: LabDatabase
 ) -> None:
