@@ -7,8 +7,8 @@ import inspect
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import pytest
@@ -207,31 +207,24 @@ class Site:
     def close(self) -> None:
         """Close every connection of the application."""
         self.state.close()
-        if "sqlalchemy" in self.app.extensions:
-            with self.app.app_context():
-                for engine in self.db.engines.values():
-                    engine.dispose()
+        _dispose_engines(self.app)
 
 
-class Sites:
+def _dispose_engines(app: Flask) -> None:
+    """Close the connections of an application's Flask-SQLAlchemy, if it has one."""
+    if "sqlalchemy" in app.extensions:
+        with app.app_context():
+            for engine in app.extensions["sqlalchemy"].engines.values():
+                engine.dispose()
+
+
+class Sites(ExitStack):
     """Makes sites for one test and closes them after it."""
 
     def __init__(self, nodes: Sequence[Memcached], tmp_path: Path) -> None:
+        super().__init__()
         self.nodes = nodes
         self.tmp_path = tmp_path
-        self._made: list[Site] = []
-
-    def __enter__(self) -> Sites:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for site in self._made:
-            site.close()
 
     def __call__(
         self,
@@ -244,42 +237,31 @@ class Sites:
         app = make_app(self.nodes, self.tmp_path, **config)
         site = Site(app, db, sessions)
         site.nodes = list(self.nodes)
-        self._made.append(site)
+        self.callback(site.close)
         return site
 
 
-class BareApps:
+class BareApps(ExitStack):
     """Makes applications that a test gives their sessions, and closes them after it."""
 
     def __init__(self, nodes: Sequence[Memcached], tmp_path: Path) -> None:
+        super().__init__()
         self._nodes = nodes
         self._tmp_path = tmp_path
-        self._made: list[Flask] = []
-
-    def __enter__(self) -> BareApps:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        for app in self._made:
-            if "resilient_session" in app.extensions:
-                app.extensions["resilient_session"].close()
-            if "sqlalchemy" in app.extensions:
-                with app.app_context():
-                    for engine in app.extensions["sqlalchemy"].engines.values():
-                        engine.dispose()
 
     def __call__(self, **config: Any) -> Flask:
         """Another application, with two pages."""
         app = make_app(self._nodes, self._tmp_path, **config)
         app.add_url_rule("/", "index", lambda: dict(session))
         app.add_url_rule("/set/<key>", "put", _put)
-        self._made.append(app)
+        self.callback(_close, app)
         return app
+
+
+def _close(app: Flask) -> None:
+    if "resilient_session" in app.extensions:
+        app.extensions["resilient_session"].close()
+    _dispose_engines(app)
 
 
 def _put(key: str) -> str:
